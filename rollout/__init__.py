@@ -1,0 +1,41 @@
+"""Rollouts for reinforcement-learning jobs that start with torchrun: the public names.
+
+Configuration imports in milliseconds; the engine, and vLLM behind it, only when first asked for.
+"""
+
+from typing import TYPE_CHECKING
+
+from rollout.config import RolloutConfig, SamplingConfig
+from rollout.types import Prompt, Rollout, RolloutBatch
+
+if TYPE_CHECKING:
+    from rollout.engine import RolloutEngine
+    from rollout.weights import SyncReport
+    from rollout.world import World, init_world
+
+__all__ = [
+    "Prompt",
+    "Rollout",
+    "RolloutBatch",
+    "RolloutConfig",
+    "RolloutEngine",
+    "SamplingConfig",
+    "SyncReport",
+    "World",
+    "init_world",
+]
+
+_LAZY = {
+    "RolloutEngine": "rollout.engine",
+    "SyncReport": "rollout.weights",
+    "World": "rollout.world",
+    "init_world": "rollout.world",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rollout' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,263 @@
+"""The external-launcher executor: one worker a rank, in the trainer's process, owned by an execute thread.
+
+Every rank runs the same scheduler over the same requests, so no rank commands another. The main thread schedules; the
+execute thread runs the model. With asynchronous scheduling two batches are under way, so that step i+1 is scheduled
+while step i runs.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from copy import copy
+from multiprocessing import Lock
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import vllm.envs as envs
+from vllm.distributed.parallel_state import get_world_group
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.serial_utils import run_method
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from rollout.backend.execute_thread import ExecuteThread
+from rollout.backend.head import Float32Head, keep_float32_head
+from rollout.backend.isolation import preserved_random_state, preserved_trainer_state
+from rollout.backend.sampler import CounterSampler
+from rollout.backend.worker import load_policy_weights, unlink_shared_memory
+from rollout.world import init_world
+
+# vLLM's CPU platform switches asynchronous scheduling off whatever was asked, so the wish travels in additional_config.
+SYNCHRONOUS = {"async_scheduling": False}
+
+StepObserver = Callable[[float, float], None]
+
+
+class StepFuture(Future):
+    """A step's output. On CUDA the thread only launches: whoever asks for the result waits for its copy to the host."""
+
+    _on_host: ModelRunnerOutput | None = None
+
+    def result(self, timeout: float | None = None) -> Any:
+        output = super().result(timeout)
+        if not isinstance(output, AsyncModelRunnerOutput):
+            return output
+        if self._on_host is None:
+            self._on_host = output.get_output()
+        return self._on_host
+
+
+class HeldStep(Future):
+    """`execute_model`'s answer, held until `sample_tokens` comes, so that both travel to the thread as one job.
+
+    If somebody waits for it first (vLLM's synchronous step does), the execution goes alone.
+    """
+
+    def __init__(self, executor: "TorchrunExecutor", scheduler_output: SchedulerOutput) -> None:
+        super().__init__()
+        self.scheduler_output = scheduler_output
+        self._executor = executor
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._executor.release(self)
+        return super().result(timeout)
+
+
+class TorchrunExecutor(Executor):
+    """vLLM executor for jobs started by torchrun, or by a launcher that sets its variables.
+
+    It shares the default process group that the trainer initialised (gloo on the CPU, nccl on CUDA), and makes it where
+    there is none. It is a drop-in for vLLM's own "external_launcher":
+
+        LLM(model, tensor_parallel_size=2, distributed_executor_backend=TorchrunExecutor)
+
+    Asynchronous scheduling is on, on the CPU too; `additional_config={"async_scheduling": False}` switches it off.
+    Requests without a seed get one from the engine's own stream: the trainer's generators are neither read nor moved,
+    so they may differ between ranks.
+    """
+
+    thread: ExecuteThread
+    observer: StepObserver | None = None
+    """Called on the execute thread after each step with its start and end (`time.perf_counter` seconds)."""
+
+    def _init_executor(self) -> None:
+        if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            raise ValueError(
+                "VLLM_ENABLE_V1_MULTIPROCESSING is 1, which puts the engine in a process of its own: set it to 0 "
+                "before vllm is imported (importing rollout.backend first does so)"
+            )
+        # Some thirty places in vLLM look for this string; a class in its place would skip them all.
+        self.parallel_config.distributed_executor_backend = "external_launcher"
+        self._held: HeldStep | None = None
+        self._sampler: CounterSampler | None = None
+        self._head: Float32Head | None = None
+        self._seeds = np.random.default_rng(self.model_config.seed)
+        with preserved_trainer_state():
+            world = init_world()
+            self.thread = ExecuteThread(f"execute-rank{world.rank}")
+            self.thread.run(self._build_worker, world.rank, world.local_rank)
+        asynchronous = self.vllm_config.additional_config.get("async_scheduling", True)
+        if current_platform.is_cpu() and asynchronous:
+            # The worker is built by now and stays in its blocking mode, which the execute thread makes asynchronous;
+            # the scheduler, built next, reads this flag.
+            self.scheduler_config.async_scheduling = True
+
+    def _build_worker(self, rank: int, local_rank: int) -> None:
+        job = _job_name()
+        self.driver_worker = WorkerWrapperBase(rpc_rank=0)
+        self.driver_worker.init_worker(
+            all_kwargs=[
+                {
+                    "vllm_config": self.vllm_config,
+                    "local_rank": local_rank,
+                    "rank": rank,
+                    # The group exists already; the CPU communicator names its segments after the last ":".
+                    "distributed_init_method": f"env://:{job}",
+                    "is_driver_worker": True,
+                    "shared_worker_lock": Lock(),
+                }
+            ]
+        )
+        self.driver_worker.init_device()
+        unlink_shared_memory(job)
+        self.driver_worker.load_model()
+        current_platform.update_block_size_for_backend(self.vllm_config)
+
+    def compile_or_warm_up_model(self) -> None:
+        super().compile_or_warm_up_model()
+        if current_platform.is_cpu():
+            self.thread.run(self._adapt_cpu_runner)
+
+    def _adapt_cpu_runner(self) -> None:
+        runner = self.driver_worker.model_runner
+        self._sampler = CounterSampler(runner)
+        self._head = keep_float32_head(runner.get_model())
+
+    def load_policy_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Replace the worker's weights on the execute thread, behind whatever is queued there; returns bytes read.
+
+        Raises:
+            ValueError: if the policy lacks a parameter that the engine has.
+        """
+
+        def load() -> int:
+            with preserved_random_state():
+                num_bytes = load_policy_weights(self.driver_worker, weights)
+            if self._head is not None:
+                self._head.refresh()
+            return num_bytes
+
+        return self.thread.run(load)
+
+    def determine_available_memory(self) -> list[int]:
+        """KV-cache bytes every rank can give: the least of all ranks, so that their schedulers agree."""
+        memory = torch.tensor(super().determine_available_memory(), dtype=torch.int64)
+        dist.all_reduce(memory, op=dist.ReduceOp.MIN, group=get_world_group().cpu_group)
+        return memory.tolist()
+
+    def collective_rpc(
+        self,
+        method: str | Callable,
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: dict | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        """Run a worker method, by name or as a function of the worker, on the execute thread; this rank only."""
+
+        def call() -> list[Any]:
+            with preserved_random_state():
+                return [run_method(self.driver_worker, method, args, kwargs or {})]
+
+        return self.thread.submit(call) if non_block else self.thread.run(call)
+
+    def submit_step(self, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None = None) -> StepFuture:
+        """Queue one step, execution and sampling in one job; returns at once."""
+        self._seed_new_requests(scheduler_output)
+        future = StepFuture()
+        self.thread.submit(self._step, scheduler_output, grammar_output, future=future, fatal=True)
+        return future
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+        self._seed_new_requests(scheduler_output)
+        held = self._held = HeldStep(self, scheduler_output)
+        samples_at_once = (
+            scheduler_output.total_num_scheduled_tokens > 0 and not scheduler_output.pending_structured_output_tokens
+        )
+        if not samples_at_once:
+            self.release(held)
+        return held if non_block else held.result()
+
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None, non_block: bool = False
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
+        held, self._held = self._held, None
+        if held is None:
+            future = StepFuture()
+            self.thread.submit(self.driver_worker.sample_tokens, grammar_output, future=future, fatal=True)
+        else:
+            future = self.submit_step(held.scheduler_output, grammar_output)
+            held.set_result(None)
+        return future if non_block else future.result()
+
+    def release(self, held: HeldStep) -> None:
+        """Send a held execution without its sampling."""
+        if self._held is held:
+            self._held = None
+            self.thread.submit(self._execute, held.scheduler_output, future=held, fatal=True)
+
+    def check_health(self) -> None:
+        """Nothing to ask: a failed step has told its waiter already."""
+
+    def shutdown(self, timeout_s: float = 30.0) -> None:
+        """Shut the worker down on its own thread, then end the thread.
+
+        Raises:
+            TimeoutError: if the thread hangs; says where it stands.
+        """
+        worker, self.driver_worker = getattr(self, "driver_worker", None), None
+        if worker is not None:
+            self.thread.submit(worker.shutdown)
+            self.thread.close(timeout_s)
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        return True
+
+    def _step(
+        self, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        start = time.perf_counter()
+        output = self._execute(scheduler_output)
+        if output is None:
+            output = self.driver_worker.sample_tokens(grammar_output)
+        if self.observer is not None:
+            self.observer(start, time.perf_counter())
+        return output
+
+    def _execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        if self._sampler is not None:
+            self._sampler.admit(scheduler_output)
+        return self.driver_worker.execute_model(scheduler_output)
+
+    def _seed_new_requests(self, scheduler_output: SchedulerOutput) -> None:
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.sampling_params is not None and request.sampling_params.seed is None:
+                # A copy: callers may share one SamplingParams among requests, which must not share a seed.
+                request.sampling_params = copy(request.sampling_params)
+                request.sampling_params.seed = int(self._seeds.integers(2**63 - 1))
+
+
+def _job_name() -> str:
+    """A name that no other job on this host has, the same on every rank."""
+    name = [f"rollout-{os.getpid()}-{uuid.uuid4().hex[:8]}"]
+    dist.broadcast_object_list(name, src=0)
+    return name[0]

@@ -1,0 +1,48 @@
+"""What vLLM changes in the process that it moves into, put back: the trainer's state is the trainer's."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's default generators as they were found (CPU, and CUDA once it is in use)."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
+def preserved_trainer_state() -> Iterator[None]:
+    """Leave random state, default dtype, thread count, `torch.set_num_threads` and the environment as they were.
+
+    vLLM's CPU worker seeds the global generators, replaces `torch.set_num_threads` by a no-op for the whole process,
+    and its CPU platform writes LD_PRELOAD and LOCAL_WORLD_SIZE, which the trainer's data workers would inherit.
+    """
+    environment, dtype = dict(os.environ), torch.get_default_dtype()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    with preserved_random_state():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(num_threads)
+            torch.set_default_dtype(dtype)
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()

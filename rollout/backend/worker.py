@@ -1,0 +1,73 @@
+"""Glue to vLLM's worker: what runs on the execute thread, with the worker at hand."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.worker.worker_base import WorkerBase
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def unlink_shared_memory(job: str) -> None:
+    """Remove the names of this job's shared-memory segments, which every rank has mapped by now.
+
+    The mappings stay until the processes end, however they end: a killed job leaves nothing behind.
+    """
+    if SHARED_MEMORY.is_dir():
+        for segment in SHARED_MEMORY.glob(f"*{job}*"):
+            segment.unlink(missing_ok=True)  # another rank may have been faster
+
+
+@torch.inference_mode()
+def load_policy_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+    """Replace the worker's weights, this rank's shard of them, by those of a checkpoint-format iterator.
+
+    Goes through vLLM's layer-wise reload, which unpacks and repacks the layers that were packed after the first load
+    (oneDNN on the CPU), so that every architecture's own loader decides what fills what.
+
+    Returns:
+        The number of bytes read from the iterator.
+
+    Raises:
+        ValueError: if the policy lacks a parameter that the engine has.
+    """
+    model = worker.model_runner.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    num_bytes = 0
+
+    def counted() -> Iterable[tuple[str, torch.Tensor]]:
+        nonlocal num_bytes
+        for name, tensor in weights:
+            num_bytes += tensor.numel() * tensor.element_size()
+            yield name, tensor
+
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        loaded: set[str] = model.load_weights(counted())
+        finalize_layerwise_reload(model, worker.model_config)
+        repack_tied_layers(model, loaded)
+    missing = expected - loaded
+    if missing:
+        raise ValueError(
+            f"the policy sent no weights for the engine's {', '.join(sorted(missing)[:5])}"
+            f"{' and more' if len(missing) > 5 else ''}: sync the same architecture that the engine was built from"
+        )
+    return num_bytes
+
+
+def repack_tied_layers(model: torch.nn.Module, loaded: set[str]) -> None:
+    """Pack again the layers that share a weight with one that was loaded under another name.
+
+    The reload processes a layer when weights of its own name arrive. A tied output head gets none: on the CPU it would
+    go on with its packed copy of the old embedding.
+    """
+    storages = {parameter.data_ptr() for name, parameter in model.named_parameters() if name in loaded}
+    for name, module in model.named_modules():
+        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        if method is None or not isinstance(weight, torch.nn.Parameter) or f"{name}.weight" in loaded:
+            continue
+        if weight.numel() and weight.data_ptr() in storages:
+            method.process_weights_after_loading(module)

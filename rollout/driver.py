@@ -1,0 +1,120 @@
+"""The step loop of one phase: admit a batch, keep the device fed, collect tokens and log-probs as arrays."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from rollout.throughput import PhaseTimeline
+
+STOP, LENGTH = 0, 1
+
+
+@dataclass
+class Collected:
+    """The tokens of one phase, a row a sequence.
+
+    Attributes:
+        token_ids: (sequences, max_tokens) int32; row r is valid up to lengths[r].
+        logprobs: (sequences, max_tokens) float32, natural log, of the sampled token.
+        lengths: (sequences,) int32, in tokens.
+        finished: (sequences,) bool; True where the response ended by itself.
+        done: (sequences,) bool; True where the engine reported the end of the sequence.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    lengths: np.ndarray
+    finished: np.ndarray
+    done: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done = np.zeros(len(self.lengths), bool)
+
+    @classmethod
+    def empty(cls, num_sequences: int, max_tokens: int) -> "Collected":
+        return cls(
+            token_ids=np.zeros((num_sequences, max_tokens), np.int32),
+            logprobs=np.zeros((num_sequences, max_tokens), np.float32),
+            lengths=np.zeros(num_sequences, np.int32),
+            finished=np.zeros(num_sequences, bool),
+        )
+
+    def add(self, outputs: Sequence[Any]) -> None:
+        """Take in one step's outputs (vLLM's EngineCoreOutput, whose request ids are row numbers)."""
+        for output in outputs:
+            row = int(output.request_id)
+            start = self.lengths[row]
+            end = start + len(output.new_token_ids)
+            if end > start:
+                self.token_ids[row, start:end] = output.new_token_ids
+                self.logprobs[row, start:end] = output.new_logprobs.logprobs[:, 0]
+                self.lengths[row] = end
+            if output.finish_reason is not None:
+                reason = int(output.finish_reason)
+                if reason not in (STOP, LENGTH):
+                    raise RuntimeError(f"sequence {row} ended with {output.finish_reason!s}: its tokens are not usable")
+                self.finished[row] = reason == STOP
+                self.done[row] = True
+
+
+@dataclass
+class Phase:
+    """What one run of `drive` did, beside the tokens."""
+
+    timeline: PhaseTimeline
+    seconds: float = 0.0
+    preemptions: int = 0
+    peak_kv_cache_usage: float = 0.0
+
+
+def drive(core: Any, requests: Sequence[Any], collected: Collected, phase: Phase) -> None:
+    """Run all requests to their ends.
+
+    With a queue depth of 2, step i+1 is scheduled and queued while the execute thread runs step i, and only then is
+    the output of step i waited for. A sequence that ends in step i has by then been scheduled once too often; the
+    scheduler discards that token.
+
+    Args:
+        core: `rollout.backend.core.Core`.
+        requests: from `make_requests`; their ids are rows of `collected`.
+
+    Raises:
+        RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
+        Exception: whatever the execute thread raised, with its traceback.
+    """
+    scheduler, executor, timeline = core.scheduler, core.executor, phase.timeline
+    for request in requests:
+        scheduler.add_request(request)
+    in_flight: deque[tuple[int, Any, Any]] = deque()
+    step = 0
+    start = perf_counter()
+    executor.observer = timeline.launch_observer()
+    try:
+        while scheduler.has_requests() or in_flight:
+            if scheduler.has_requests():
+                begin = perf_counter()
+                scheduled = scheduler.schedule()
+                live, tokens = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
+                timeline.record_schedule(step, begin, perf_counter(), live, tokens)
+                in_flight.append((step, scheduled, executor.submit_step(scheduled)))
+                phase.preemptions += len(scheduled.preempted_req_ids or ())
+                phase.peak_kv_cache_usage = max(phase.peak_kv_cache_usage, scheduler.kv_cache_manager.usage)
+                step += 1
+                if len(in_flight) < core.queue_depth:
+                    continue
+            number, scheduled, future = in_flight.popleft()
+            begin = perf_counter()
+            output = future.result()
+            arrived = perf_counter()
+            for outputs in scheduler.update_from_output(scheduled, output).values():
+                collected.add(outputs.outputs)
+            timeline.record_wait(number, begin, arrived)
+            timeline.record_update(number, arrived, perf_counter())
+    finally:
+        executor.observer = None
+    phase.seconds = perf_counter() - start
+    assert collected.done.all(), "the scheduler is idle but sequences have not ended"

@@ -1,0 +1,241 @@
+"""RolloutEngine: vLLM inside the trainer's own processes. Generate, sync weights, close."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+
+from rollout.config import RolloutConfig, SamplingConfig
+from rollout.driver import Collected, Phase, drive
+from rollout.throughput import PhaseTimeline, phase_metrics
+from rollout.types import Prompt, RolloutBatch
+from rollout.weights import SyncReport, sync_policy
+from rollout.world import World, init_world, tensor_parallel_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNSYNCED = -1
+"""The version of rollouts made with the weights that the engine was built from."""
+
+
+class RolloutEngine:
+    """Rollouts by vLLM, in the ranks of a job started by torchrun (or in one plain process).
+
+    Every rank builds one, and calls the same methods in the same order. The ranks of a tensor-parallel group generate
+    together; each passes its own prompts and gets its own share back. The default process group is the trainer's: it
+    is used, made where there is none, and never destroyed.
+
+    Args:
+        model: a local folder or a hub name.
+        config: the same on every rank.
+
+    Raises:
+        ValueError: if the tensor-parallel size does not divide the world or the model's heads.
+
+    Example, as a script for `torchrun --nproc_per_node=2`:
+
+        with RolloutEngine("models/smollm2-135m-tp2", RolloutConfig(tensor_parallel_size=2)) as engine:
+            batch = engine.generate(["The capital of France is"], SamplingConfig(max_tokens=8))
+            print(engine.tokenizer.decode(batch[0].response_ids))
+    """
+
+    def __init__(self, model: str, config: RolloutConfig | None = None) -> None:
+        from rollout.backend.core import build_core  # vLLM's import takes seconds; a config error must not
+
+        self.model = model
+        self.config = config or RolloutConfig()
+        self.world: World = init_world()
+        self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
+        self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
+        self._core = build_core(model, self.tensor_parallel_size, self.config, self.world.device.type == "cuda")
+        self._phase: Phase | None = None
+        self._collected: Collected | None = None
+        self._num_phases = 0
+        self._version = UNSYNCED
+        self._state = "idle"
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the engine holds: as given to the last `sync_weights`; -1 before the first."""
+        return self._version
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The rollout/* figures of the last `generate` of this tensor-parallel group (docs/metrics.md)."""
+        return dict(self._metrics)
+
+    @property
+    def timeline(self) -> PhaseTimeline | None:
+        """When each step of the last `generate` was scheduled, run, waited for and taken in, on this rank."""
+        return self._phase.timeline if self._phase else None
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model)
+
+    def describe(self) -> dict[str, Any]:
+        """What really runs: scheduler, executor and model runner classes, queue depth."""
+        return self._core.describe()
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig | None = None, *, seed: int | None = None
+    ) -> RolloutBatch:
+        """Sample `sampling.n` responses to each of this rank's prompts; all ranks of the group call it together.
+
+        Args:
+            prompts: this rank's own, texts or token ids; may be fewer or more than the other ranks'.
+            sampling: the same on every rank of the group.
+            seed: of this call's random streams, together with `config.seed`; the same on every rank. By default the
+                number of calls so far, so that each call draws afresh and a whole job repeats.
+
+        Returns:
+            This rank's share: sample j of prompt i in row i * n + j.
+
+        Raises:
+            ValueError: if a prompt is empty or leaves no room for `max_tokens` within `max_model_len`, or if the ranks
+                were given different sampling or seeds.
+            RuntimeError: if the engine is closed, busy or broken by an earlier error.
+        """
+        sampling = sampling or SamplingConfig()
+        seed = self._num_phases if seed is None else seed
+        self._check_usable()
+        ours = [self._token_ids(prompt) for prompt in prompts]
+        prompts_of_ranks = self._share(ours, sampling, seed)
+        self._check_prompts(prompts_of_ranks, sampling)
+        everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
+        with self._exclusively("generating"):
+            collected = self._collected = self._run(everyones, sampling, seed)
+        self._num_phases += 1
+        rank = dist.get_rank(self._group)
+        before = sum(len(of_rank) for of_rank in prompts_of_ranks[:rank]) * sampling.n
+        return pack(ours, sampling.n, collected, slice(before, before + len(ours) * sampling.n), self._version)
+
+    def sync_weights(self, policy: nn.Module, version: int) -> SyncReport:
+        """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
+
+        Args:
+            policy: a Hugging Face causal language model of the engine's architecture, plain or in DDP.
+            version: recorded by every rollout made from now on; at least 0.
+
+        Raises:
+            ValueError: if the policy lacks a parameter that the engine has, or the version is negative.
+            RuntimeError: if the engine is closed, busy or broken by an earlier error.
+        """
+        if version < 0:
+            raise ValueError(f"version is {version}; it must be at least 0")
+        with self._exclusively("syncing weights"):
+            report = sync_policy(self._core, policy, version)
+        self._version = version
+        return report
+
+    @contextmanager
+    def awake(self) -> Iterator["RolloutEngine"]:
+        """The rollout phase of a training step: sync and generate inside, train outside.
+
+        Today nothing is put to sleep outside of it; the bracket marks where the engine may be used.
+        """
+        self._check_usable()
+        yield self
+
+    def close(self) -> None:
+        """Stop the execute thread and free the engine. The process group stays as it is. Safe to call twice.
+
+        Raises:
+            TimeoutError: if the execute thread does not end within `config.shutdown_timeout_s`.
+        """
+        if self._state != "closed":
+            self._state = "closed"
+            self._core.close(self.config.shutdown_timeout_s)
+
+    def __enter__(self) -> "RolloutEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: int) -> Collected:
+        from rollout.backend.core import make_requests
+
+        requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
+        collected = Collected.empty(len(requests), sampling.max_tokens)
+        self._phase = Phase(PhaseTimeline())
+        drive(self._core, requests, collected, self._phase)
+        self._metrics = phase_metrics(
+            self._phase.timeline,
+            seconds=self._phase.seconds,
+            num_sequences=len(requests),
+            response_lengths=collected.lengths,
+            finished=collected.finished,
+            kv_cache_usage_peak=self._phase.peak_kv_cache_usage,
+            preemptions=self._phase.preemptions,
+        )
+        return collected
+
+    def _token_ids(self, prompt: Prompt) -> np.ndarray:
+        return np.asarray(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
+
+    def _share(self, ours: list[np.ndarray], sampling: SamplingConfig, seed: int) -> list[list[np.ndarray]]:
+        """Every rank's prompts, in rank order, once all ranks of the group are known to ask for the same thing."""
+        gathered: list[Any] = [None] * self.tensor_parallel_size
+        dist.all_gather_object(gathered, (ours, sampling, seed), group=self._group)
+        for rank, (_, theirs, their_seed) in enumerate(gathered):
+            if (theirs, their_seed) != gathered[0][1:]:
+                raise ValueError(
+                    f"rank {rank} of the tensor-parallel group generates with {theirs}, seed {their_seed}; "
+                    f"rank 0 with {gathered[0][1]}, seed {gathered[0][2]}: pass the same on every rank"
+                )
+        return [prompts for prompts, _, _ in gathered]
+
+    def _check_prompts(self, prompts_of_ranks: list[list[np.ndarray]], sampling: SamplingConfig) -> None:
+        # Every rank checks every prompt, so that all of them raise together and none waits for the others.
+        limit = self._core.max_model_len - sampling.max_tokens
+        for rank, prompts in enumerate(prompts_of_ranks):
+            for index, prompt in enumerate(prompts):
+                if not 0 < len(prompt) <= limit:
+                    raise ValueError(
+                        f"prompt {index} of rank {rank} has {len(prompt)} tokens; between 1 and {limit} fit "
+                        f"(rollout.max_model_len {self._core.max_model_len} less sampling.max_tokens "
+                        f"{sampling.max_tokens}): shorten the prompt or raise rollout.max_model_len"
+                    )
+
+    def _check_usable(self) -> None:
+        if self._state != "idle":
+            raise RuntimeError(f"the rollout engine is {self._state}: build a new one, or wait for the call under way")
+
+    @contextmanager
+    def _exclusively(self, doing: str) -> Iterator[None]:
+        """One thing at a time; an error on the way leaves the engine unusable rather than half-way."""
+        self._check_usable()
+        self._state = doing
+        try:
+            yield
+        except BaseException as error:
+            self._state = f"broken by {type(error).__name__} while {doing}"
+            raise
+        self._state = "idle"
+
+
+def pack(prompts: Sequence[np.ndarray], n: int, collected: Collected, rows: slice, version: int) -> RolloutBatch:
+    """This rank's rows of the group's tokens, without padding."""
+    lengths = collected.lengths[rows]
+    valid = np.arange(collected.token_ids.shape[1]) < lengths[:, None]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    return RolloutBatch(
+        prompt_ids=np.concatenate(repeated) if repeated else np.zeros(0, np.int32),
+        prompt_lengths=np.array([len(prompt) for prompt in repeated], np.int32),
+        response_ids=collected.token_ids[rows][valid],
+        response_lengths=lengths,
+        logprobs=collected.logprobs[rows][valid],
+        finished=collected.finished[rows],
+        prompt_index=np.repeat(np.arange(len(prompts), dtype=np.int32), n),
+        version=version,
+    )

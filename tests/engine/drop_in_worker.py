@@ -1,0 +1,41 @@
+"""vLLM's own LLM with our executor class, as the users of its external launcher write it.
+
+    torchrun --nproc_per_node=2 drop_in_worker.py MODEL
+"""
+
+import json
+import os
+import sys
+
+from rollout.backend.executor import TorchrunExecutor
+
+from vllm import LLM, SamplingParams  # isort: skip  (rollout.backend sets vLLM's environment first)
+
+
+def main() -> None:
+    llm = LLM(
+        sys.argv[1],
+        tensor_parallel_size=int(os.environ.get("WORLD_SIZE", "1")),
+        distributed_executor_backend=TorchrunExecutor,
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        kv_cache_memory_bytes=2**28,
+        enforce_eager=True,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    prompts = [{"prompt_token_ids": [10 + i, 20, 30]} for i in range(20)]
+    params = SamplingParams(temperature=1.0, max_tokens=16, logprobs=0, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    same = llm.generate([prompts[0]] * 8, params, use_tqdm=False)
+    result = {
+        "scheduler": type(core.scheduler).__name__,
+        "queue": core.batch_queue_size,
+        "executor": type(core.model_executor).__name__,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "distinct": len({tuple(output.outputs[0].token_ids) for output in same}),
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""One process: what an exception on the execute thread does, and misuse; results to OUT/rank0.json."""
+
+import json
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from rollout import RolloutConfig, RolloutEngine, SamplingConfig
+
+CONFIG = RolloutConfig(max_model_len=128, kv_cache_gib=0.25, enforce_eager=True, shutdown_timeout_s=5.0)
+SAMPLING = SamplingConfig(max_tokens=16, ignore_eos=True)
+PROMPTS = [[10, 20, 30]] * 8
+
+
+class PlantedError(Exception):
+    pass
+
+
+def raises_in_step(engine: RolloutEngine, step: int) -> None:
+    worker = engine._core.executor.driver_worker.worker
+    execute, count = worker.execute_model, iter(range(10**6))
+
+    def execute_model(scheduler_output):
+        if next(count) == step:
+            raise PlantedError(f"in {threading.current_thread().name}")
+        return execute(scheduler_output)
+
+    worker.execute_model = execute_model
+
+
+def failure(call) -> dict:
+    start = time.perf_counter()
+    try:
+        call()
+    except BaseException as error:
+        return {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            "seconds": time.perf_counter() - start,
+        }
+    return {"type": None}
+
+
+def main() -> None:
+    model, out = sys.argv[1], Path(sys.argv[2])
+    results = {}
+    engine = RolloutEngine(model, CONFIG)
+    results["too_long"] = failure(lambda: engine.generate([[10] * 113], SAMPLING))
+    results["empty"] = failure(lambda: engine.generate([[]], SAMPLING))
+    results["version"] = failure(lambda: engine.sync_weights(None, version=-1))
+    results["no_prompts"] = len(engine.generate([], SAMPLING))
+    results["still_usable"] = len(engine.generate(PROMPTS, SAMPLING))
+    raises_in_step(engine, step=5)
+    results["planted"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
+    results["after_failure"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
+    engine.close()
+    engine.close()
+    results["after_close"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
+
+    engine = RolloutEngine(model, CONFIG)
+    results["rebuilt"] = len(engine.generate(PROMPTS, SAMPLING))
+    hang = threading.Event()
+    engine._core.executor.thread.submit(hang.wait)
+    results["hanging_close"] = failure(engine.close)
+    hang.set()
+    time.sleep(1.0)
+    results["threads_left"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("execute")]
+    (out / "rank0.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

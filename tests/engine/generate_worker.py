@@ -1,0 +1,97 @@
+"""Runs in every rank: several engines one after another, what each did written to OUT/rankN.json.
+
+torchrun --nproc_per_node=2 generate_worker.py MODEL OUT
+"""
+
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rollout import RolloutConfig, RolloutEngine, SamplingConfig
+from rollout.throughput import overlap_fraction
+
+NUM_SEQUENCES = 512
+SAMPLINGS = {
+    "sampled": SamplingConfig(max_tokens=12),
+    "greedy": SamplingConfig(max_tokens=8, temperature=0.0),
+    "filtered": SamplingConfig(max_tokens=8, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01),
+    "groups": SamplingConfig(max_tokens=8, n=4, ignore_eos=True),
+}
+
+
+def digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
+def trainer_state() -> dict:
+    return {
+        "python": digest(np.array([hash(random.getstate())])),
+        "numpy": digest(np.random.get_state()[1]),
+        "torch": digest(torch.get_rng_state().numpy()),
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "set_num_threads": torch.set_num_threads.__module__,
+        "environment": dict(os.environ),
+    }
+
+
+def prompts(rank: int, count: int) -> list[list[int]]:
+    """Of 2 to 40 tokens, others on each rank."""
+    rng = np.random.default_rng(rank)
+    return [rng.integers(10, 400, size=rng.integers(2, 41)).tolist() for _ in range(count)]
+
+
+def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig]) -> dict:
+    before = trainer_state()
+    engine = RolloutEngine(model, config)
+    result: dict = {"describe": engine.describe(), "phases": {}}
+    share = NUM_SEQUENCES // engine.world.size
+    for name, sampling in samplings.items():
+        batch = engine.generate(prompts(engine.world.rank, share // sampling.n), sampling)
+        collected = engine._collected
+        result["phases"][name] = {
+            "group": digest(collected.token_ids, collected.logprobs, collected.lengths),
+            "tokens_of_group": digest(collected.token_ids, collected.lengths),
+            "share": digest(batch.response_ids, batch.logprobs),
+            "rows": len(batch),
+            "tokens": int(batch.response_lengths.sum()),
+            "distinct_in_first_group": len({tuple(batch[row].response_ids.tolist()) for row in range(sampling.n)}),
+            "overlap": overlap_fraction(engine.timeline),
+            "metrics": engine.metrics,
+        }
+    engine.close()
+    after = trainer_state()
+    result["changed"] = [name for name in before if before[name] != after[name]]
+    result["threads_left"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("execute")]
+    # The segments are named after the process id of rank 0: one of this process or of its parent's other children.
+    result["shared_memory_left"] = [path.name for path in Path("/dev/shm").glob("*rollout-*")]
+    return result
+
+
+def main() -> None:
+    model, out = sys.argv[1], Path(sys.argv[2])
+    rank = int(os.environ.get("RANK", "0"))
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(1000 + rank)  # the trainer may draw other numbers on each rank
+    base = {"max_model_len": 128, "kv_cache_gib": 0.25, "enforce_eager": True}
+    # 128 blocks' worth of tokens cannot hold 512 sequences: they are preempted and start over.
+    small = base | {"kv_cache_gib": 0.25 / 64, "block_size": 32}
+    only_sampled = {"sampled": SAMPLINGS["sampled"]}
+    results = {
+        "asynchronous": run(model, RolloutConfig(**base), SAMPLINGS),
+        "synchronous": run(model, RolloutConfig(**base, async_scheduling=False), SAMPLINGS),
+        "asynchronous_small_cache": run(model, RolloutConfig(**small), only_sampled),
+        "synchronous_small_cache": run(model, RolloutConfig(**small, async_scheduling=False), only_sampled),
+    }
+    (out / f"rank{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

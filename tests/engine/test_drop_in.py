@@ -1,0 +1,41 @@
+"""The executor class handed to vLLM's own LLM, in a plain process and under torchrun."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import launch
+
+WORKER = Path(__file__).with_name("drop_in_worker.py")
+
+
+def results(model: Path, nproc: int | None) -> list[dict]:
+    done = launch([WORKER, model], nproc=nproc, timeout_s=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.left_running == []
+    return [json.loads(line.split("RESULT ")[1]) for line in done.stdout.splitlines() if "RESULT " in line]
+
+
+def test_plain_process_and_two_ranks_give_the_same_tokens(small_vocabulary_model_path: Path) -> None:
+    (single,) = results(small_vocabulary_model_path, nproc=None)
+    ranks = results(small_vocabulary_model_path, nproc=2)
+    assert len(ranks) == 2
+    for result in (single, *ranks):
+        assert (result["scheduler"], result["queue"]) == ("AsyncScheduler", 2)
+        assert result["executor"] == "TorchrunExecutor"
+        assert result["distinct"] == 8  # requests without a seed get one each
+    assert ranks[0]["tokens"] == ranks[1]["tokens"] == single["tokens"]
+
+
+def test_multiprocessing_is_refused(small_vocabulary_model_path: Path) -> None:
+    done = launch([WORKER, small_vocabulary_model_path], nproc=None, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    assert done.returncode != 0
+    assert "set it to 0" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("given", ["RANK", "WORLD_SIZE"])
+def test_half_of_torchruns_variables_is_refused(small_vocabulary_model_path: Path, given: str) -> None:
+    done = launch([WORKER, small_vocabulary_model_path], nproc=None, env={given: "1"})
+    assert done.returncode != 0
+    assert f"the environment has {given} but not" in done.stderr

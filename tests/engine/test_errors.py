@@ -1,0 +1,66 @@
+"""Exceptions of the execute thread reach the main thread; misuse says what to do; closing never hangs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import launch
+
+WORKER = Path(__file__).with_name("errors_worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(small_vocabulary_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("errors")
+    done = launch([WORKER, small_vocabulary_model_path, out], nproc=None, timeout_s=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.left_running == []
+    return json.loads((out / "rank0.json").read_text())
+
+
+def test_an_exception_in_a_step_reaches_the_caller_with_its_traceback(results: dict) -> None:
+    planted = results["planted"]
+    assert planted["type"] == "PlantedError"
+    assert planted["message"] == "in execute-rank0"
+    assert "errors_worker.py" in planted["traceback"] and "execute_thread.py" in planted["traceback"]
+    assert planted["seconds"] < 10
+
+
+def test_an_engine_that_failed_is_not_used_again(results: dict) -> None:
+    assert results["after_failure"]["type"] == "RuntimeError"
+    assert "broken by PlantedError while generating" in results["after_failure"]["message"]
+
+
+def test_a_closed_engine_says_so(results: dict) -> None:
+    assert "is closed" in results["after_close"]["message"]
+
+
+def test_closing_a_hanging_thread_ends_in_time_and_says_where_it_stands(results: dict) -> None:
+    hanging = results["hanging_close"]
+    assert hanging["type"] == "TimeoutError"
+    assert "did not end within 5 s" in hanging["message"] and "wait" in hanging["message"]
+    assert 5 <= hanging["seconds"] < 10
+    assert results["threads_left"] == []
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("too_long", "prompt 0 of rank 0 has 113 tokens; between 1 and 112 fit"),
+        ("empty", "prompt 0 of rank 0 has 0 tokens"),
+        ("version", "version is -1"),
+    ],
+)
+def test_bad_input_is_refused_and_the_engine_stays_usable(results: dict, case: str, words: str) -> None:
+    assert results[case]["type"] == "ValueError"
+    assert words in results[case]["message"]
+    assert results["still_usable"] == 8
+
+
+def test_no_prompts_give_an_empty_batch(results: dict) -> None:
+    assert results["no_prompts"] == 0
+
+
+def test_an_engine_can_be_built_after_one_was_closed(results: dict) -> None:
+    assert results["rebuilt"] == 8

@@ -1,0 +1,149 @@
+"""Blockwise log-probs and entropies against sums by hand, plain loops, numerical gradients, and a limit on memory."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainers.logprobs import token_logprobs
+
+
+def problem(tokens: int = 5, hidden: int = 3, vocabulary: int = 11, dtype: torch.dtype = torch.float64):
+    """Random hidden states, head weight and targets; 11 words in blocks of 3 leave a last block of 2."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    return states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def naive(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float):
+    """The definition, a token and a word at a time, in Python's floats."""
+    logprobs, entropies = [], []
+    for state, target in zip(hidden.tolist(), targets.tolist(), strict=True):
+        z = [sum(a * b for a, b in zip(state, row, strict=True)) / temperature for row in weight.tolist()]
+        normaliser = sum(math.exp(logit) for logit in z)
+        p = [math.exp(logit) / normaliser for logit in z]
+        logprobs.append(math.log(p[target]))
+        entropies.append(-sum(prob * math.log(prob) for prob in p))
+    return torch.tensor(logprobs, dtype=torch.float64), torch.tensor(entropies, dtype=torch.float64)
+
+
+def test_by_hand():
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    weight = torch.tensor([[1.0], [2.0], [5.0]], dtype=torch.float64).log()  # p = 1/8, 2/8, 5/8
+    logprobs, entropies = token_logprobs(hidden, weight, torch.tensor([2]), entropy=True, block_elements=1)
+    assert logprobs.item() == pytest.approx(math.log(5 / 8), rel=1e-12)
+    expected = (1 * math.log(8) + 2 * math.log(4) + 5 * math.log(8 / 5)) / 8
+    assert entropies.item() == pytest.approx(expected, rel=1e-12)
+    # T = 1/2 squares the weights: 1, 4, 25 of 30.
+    logprobs, _ = token_logprobs(hidden, weight, torch.tensor([1]), temperature=0.5, block_elements=1)
+    assert logprobs.item() == pytest.approx(math.log(4 / 30), rel=1e-12)
+
+
+@pytest.mark.parametrize("block_elements", [1, 20, 10**6])  # blocks of 3, 4 and all 11 words
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_the_definition(block_elements: int, temperature: float):
+    hidden, weight, targets = problem()
+    actual = token_logprobs(hidden, weight, targets, temperature, entropy=True, block_elements=block_elements)
+    for ours, expected in zip(actual, naive(hidden, weight, targets, temperature), strict=True):
+        torch.testing.assert_close(ours.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("use", ["logprobs", "entropies", "both"])
+def test_gradients_are_those_of_finite_differences(use: str):
+    hidden, weight, targets = problem()
+
+    def outputs(hidden: torch.Tensor, weight: torch.Tensor):
+        logprobs, entropies = token_logprobs(hidden, weight, targets, 0.7, entropy=True, block_elements=1)
+        return {"logprobs": logprobs, "entropies": entropies, "both": (logprobs, entropies)}[use]
+
+    assert torch.autograd.gradcheck(outputs, (hidden, weight))
+
+
+def test_temperature_0_counts_as_1():
+    arguments = problem()
+    torch.testing.assert_close(
+        token_logprobs(*arguments, temperature=0.0)[0], token_logprobs(*arguments, temperature=1.0)[0], rtol=0, atol=0
+    )
+
+
+def test_large_logits_neither_overflow_nor_lose_the_target():
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[-3e4], [3e4], [0.0], [3e4]], requires_grad=True)
+    logprobs, entropies = token_logprobs(hidden, weight, torch.tensor([3]), entropy=True, block_elements=1)
+    # Two words share all of the probability: log 1/2 and entropy log 2.
+    assert logprobs.item() == pytest.approx(-math.log(2), abs=1e-2)  # float32 at 3e4 resolves 0.002
+    assert entropies.item() == pytest.approx(math.log(2), abs=1e-2)
+    (logprobs + entropies).sum().backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_bf16_products_give_float32_results_and_gradients_in_the_weights_dtype(master: torch.dtype):
+    """Products in bfloat16, by autocast or by the weights; the rest in float32: as torch does it on the full logits."""
+    hidden, weight, targets = problem(tokens=64, hidden=32, vocabulary=300, dtype=master)
+    full_hidden, full_weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=master == torch.float32):
+        logprobs, entropies = token_logprobs(hidden, weight, targets, entropy=True, block_elements=1)
+        log_p = torch.log_softmax((full_hidden @ full_weight.T).float(), dim=-1)
+    expected = log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    torch.testing.assert_close((logprobs, entropies), expected, rtol=1e-5, atol=1e-5)  # same rounded logits
+    (logprobs + entropies).mean().backward()
+    (expected[0] + expected[1]).mean().backward()
+    for ours, theirs in ((hidden, full_hidden), (weight, full_weight)):
+        assert ours.grad.dtype == master
+        # bfloat16 has 8 bits: 2^-8 of the largest gradient, and sums of such roundings.
+        atol = 2**-7 * theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=atol)
+
+
+class Operations(TorchDispatchMode):
+    """Names the operations that run under it, and the elements of the largest tensor that one of them returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def test_no_tensor_is_larger_than_a_block_the_weight_or_the_hidden_states():
+    hidden, weight, targets = problem(tokens=500, hidden=4, vocabulary=1000, dtype=torch.float32)
+    saved: list[int] = []
+    with (
+        Operations() as seen,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
+    ):
+        logprobs, entropies = token_logprobs(hidden, weight, targets, entropy=True, block_elements=5000)
+        (logprobs + entropies).sum().backward()
+    assert seen.largest == 5000  # blocks of 500 x 10; weight 1000 x 4, hidden 500 x 4; full logits would be 500 000
+    assert max(saved) == 4000  # the weight itself: of the logits nothing is kept
+
+
+def test_an_entropy_that_is_only_logged_costs_nothing_in_the_backward_pass():
+    work = []
+    for entropy in (False, True):
+        hidden, weight, targets = problem()
+        logprobs, _ = token_logprobs(hidden, weight, targets, entropy=entropy)
+        with Operations() as seen:
+            logprobs.sum().backward()
+        work.append([name for name in seen.names if name != "aten.detach.default"])  # of the saved entropies
+    assert work[0] == work[1] != []
+
+
+def test_no_tokens_give_no_log_probs():
+    hidden, weight, targets = problem(tokens=0)
+    logprobs, entropies = token_logprobs(hidden, weight, targets, entropy=True)
+    assert logprobs.shape == entropies.shape == (0,)
+    logprobs.sum().backward()
+    assert not weight.grad.any()

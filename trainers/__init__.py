@@ -1,0 +1,1 @@
+"""Trainers on top of rollout: PPO, its data, rewards, metrics and configuration."""

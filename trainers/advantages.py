@@ -1,0 +1,132 @@
+"""From scores and values to advantages: per-token rewards, GAE, whitening. Pure functions, no gradient flows.
+
+All tensors are (batch, response) and right-padded: row b holds its response's tokens in columns 0 to length - 1, and
+`response_mask` is True exactly there. Results are zero outside the mask, whatever the arguments hold there.
+"""
+
+import torch
+import torch.distributed as dist
+
+from trainers.across_ranks import sum_over_ranks
+
+
+def token_rewards(
+    scores: torch.Tensor,
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor | None,
+    response_mask: torch.Tensor,
+    kl_coef: float,
+) -> torch.Tensor:
+    """The reward of each token: a KL penalty on every one, and the response's score on the last.
+
+        r_t = -kl_coef * (log pi(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is last] * score
+
+    as in RLHF (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022, arXiv:2203.02155, eq. 2). The
+    penalty is the estimator k1, whose sum over a sampled response is an unbiased estimate of the sequence's KL.
+
+    Args:
+        scores: (batch,) float, of whole responses.
+        logprobs: (batch, response) float, of the policy that sampled, natural log.
+        ref_logprobs: (batch, response) float, of the frozen reference; None means no penalty.
+        response_mask: (batch, response) bool; True = a generated token.
+        kl_coef: price of one nat.
+
+    Returns:
+        (batch, response) float32 or wider, zero outside the mask. A row without a token gets no reward.
+
+    Raises:
+        ValueError: if there is a penalty but no reference.
+
+    >>> token_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, 0.0]]),
+    ...               torch.tensor([[True, True, False]]), kl_coef=0.5)
+    tensor([[-0.2500,  1.5000,  0.0000]])
+    """
+    if kl_coef and ref_logprobs is None:
+        raise ValueError(
+            f"ppo.kl_coef is {kl_coef} but there are no reference log-probs; set ppo.kl_coef=0 or load a reference"
+        )
+    columns = torch.arange(response_mask.shape[1], device=response_mask.device)
+    is_last = response_mask & (columns == response_mask.sum(dim=1, keepdim=True) - 1)
+    rewards = torch.where(is_last, scores[:, None].to(logprobs.dtype), 0.0)
+    if ref_logprobs is not None:
+        rewards = rewards - kl_coef * torch.where(response_mask, logprobs - ref_logprobs, 0.0)
+    return rewards
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimates, and the returns the value head learns.
+
+        delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)                                             (eq. 11)
+        A_t     = sum over l of (gamma * lam)^l * delta_{t+l} = delta_t + gamma * lam * A_{t+1}  (eq. 16)
+        return_t = A_t + V(s_t)                                                                 (TD(lambda))
+
+    Schulman et al. 2016, arXiv:1506.02438. State s_t is the prompt and the response's first t tokens. The last token
+    ends the episode, also where a length limit cut the response: V after it is 0, nothing is bootstrapped.
+
+    Args:
+        rewards: (batch, response) float.
+        values: (batch, response) float, V(s_t): of the state BEFORE token t.
+        response_mask: (batch, response) bool; True = a generated token; right-padded.
+        gamma: discount a token, 0 to 1.
+        lam: 1 is the discounted sum of rewards less the value (no bias), 0 is delta alone (least variance).
+
+    Returns:
+        advantages and returns, both (batch, response), zero outside the mask.
+
+    >>> advantages, returns = gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]]),
+    ...                           torch.tensor([[True, True]]), gamma=1.0, lam=0.0)
+    >>> advantages, returns
+    (tensor([[-0.2500,  0.7500]]), tensor([[0.2500, 1.0000]]))
+    """
+    assert not (response_mask[:, 1:] & ~response_mask[:, :-1]).any(), "response_mask must be right-padded"
+    rewards = torch.where(response_mask, rewards, 0.0)
+    values = torch.where(response_mask, values, 0.0)  # so the state after the last token has value 0
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    # Padding needs no test in the loop: reward and value are 0 there, so the advantage stays 0 until the last token.
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def whiten(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    shift_mean: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Values scaled to variance 1 (and shifted to mean 0) over the valid tokens of ALL ranks: a collective.
+
+        (x - mean) / sqrt(variance + 1e-8), variance = mean of (x - mean)^2
+
+    One step of every rank's batch would otherwise get a scale of its own, and two ranks would not equal one.
+
+    Args:
+        values: any shape, float.
+        mask: same shape, bool; True = counts.
+        shift_mean: False keeps the mean where it was.
+        group: the ranks to whiten over; None means all.
+
+    Returns:
+        The same shape, zero outside the mask. Equal values become 0 (the mean, without shift_mean).
+
+    >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[-1.,  1.,  0.]])
+    """
+    # One collective for all three sums; float64, because a variance from sums of squares cancels digits.
+    valid = values[mask].double()
+    count, total, squares = sum_over_ranks(
+        torch.stack([mask.sum().double(), valid.sum(), valid.square().sum()]), group
+    ).unbind()
+    assert count > 0, "whiten needs a valid token on some rank"
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0.0)
+    whitened = (values.double() - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, 0.0).to(values.dtype)

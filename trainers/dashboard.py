@@ -1,0 +1,338 @@
+"""The eyes on a run: metrics.jsonl, wandb, a progress bar, and a summary at the end. Rank 0 alone writes.
+
+Names and meanings of the metrics: docs/metrics.md.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+
+import psutil
+import yaml
+from tqdm import tqdm
+
+from trainers.config import ConfigError, RunConfig, WandbConfig
+
+if TYPE_CHECKING:
+    from wandb import Run, Settings
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+StartMode = Literal["online", "offline", "disabled"]
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_STEPS = 5  # the first and the last steps whose mean reward the summary compares
+WANDB_INIT_TIMEOUT_S = 30.0
+
+
+class Dashboard:
+    """Shows and records one run's metrics.
+
+    Every rank makes one and calls the same methods; `is_main` is True on rank 0 alone. Elsewhere only the phases are
+    timed.
+
+    - metrics.jsonl: one JSON object a step, written out at once, so that a killed run leaves all its steps. JSON has
+      no non-finite numbers: they stand as the strings "NaN", "Infinity" and "-Infinity", which float() and
+      `read_metrics` read. A resumed run appends; of two lines of one step the later counts.
+    - wandb: the same names over the axis `step`, files in the run folder. Mode as in `wandb_mode`. If mode auto finds
+      a login but no server, the run goes on offline.
+    - On a terminal a progress bar, elsewhere one plain line a step, both to stderr; neither if run_config.progress is
+      False.
+
+    Args:
+        folder: of the run; its config.yaml becomes wandb's config.
+        wandb_config: mode, project, entity, group, tags.
+        run_config: progress.
+        total_steps: that the run is to have, for the bar.
+        is_main: True on rank 0.
+
+    Raises:
+        ConfigError: if wandb.mode is online and there is no login.
+
+    Example:
+
+        with Dashboard(folder, config.wandb, config.run, config.ppo.steps, rank == 0) as dashboard:
+            for step in range(config.ppo.steps):
+                with dashboard.phase("generate"):
+                    ...
+                dashboard.log(step, {"reward/mean": 0.25})
+    """
+
+    def __init__(
+        self, folder: Path | str, wandb_config: WandbConfig, run_config: RunConfig, total_steps: int, is_main: bool
+    ) -> None:
+        self.folder = Path(folder)
+        self.phase_seconds: dict[str, float] = {}
+        """Seconds of each phase since the last `log`, this rank's."""
+        self._total_steps = total_steps
+        self._is_main = is_main
+        self._progress = is_main and run_config.progress
+        self._shown = ""  # the latest figures, as the bar shows them
+        self._wandb: Run | None = None
+        self._bar: tqdm | None = None
+        if not is_main:
+            return
+        self._wandb = _start_wandb(self.folder, wandb_config)
+        self._file = _open_to_append(self.folder / METRICS_FILE)
+        if self._progress and _is_terminal(sys.stderr):
+            self._bar = tqdm(total=total_steps, file=sys.stderr, unit="step", dynamic_ncols=True, leave=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one phase of a step: the seconds go into the next `log` as phase/NAME_s, added up if it comes twice.
+
+        Wall-clock time of the host: on a GPU, work that is only queued is charged to the phase that waits for it.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._shown}, {name}" if self._shown else name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record one step's metrics and the phases since the last call.
+
+        Args:
+            step: of the run, from 0.
+            metrics: numbers by their names in docs/metrics.md; already reduced over ranks, as rank 0 has them.
+        """
+        phases = {f"phase/{name}_s": seconds for name, seconds in self.phase_seconds.items()}
+        self.phase_seconds = {}
+        if not self._is_main:
+            return
+        row = {
+            name: value if isinstance(value, int) else float(value) for name, value in (phases | dict(metrics)).items()
+        }
+        self._file.write(to_json_line(step, row))
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **row})
+        self._show(step, row)
+
+    def close(self, failed: bool = False) -> None:
+        """End the bar and wandb's run and print the summary; a second call does nothing.
+
+        Args:
+            failed: True marks wandb's run as failed.
+        """
+        if not self._is_main or self._file.closed:
+            return
+        self._file.close()
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._shown)
+            self._bar.close()
+        try:
+            if self._wandb is not None:
+                _stop_wandb(self._wandb, failed)
+        finally:
+            print(self.summary(), flush=True)
+
+    def __enter__(self) -> "Dashboard":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def summary(self) -> str:
+        """A few lines on the whole run, from metrics.jsonl: reward at both ends, rates, and where the files are."""
+        rows = read_metrics(self.folder)
+        lines = [("steps", f"{len(rows)} of {self._total_steps}")]
+        rewards = _column(rows, "reward/mean")
+        if rewards:
+            first, last = rewards[:SUMMARY_STEPS], rewards[-SUMMARY_STEPS:]
+            lines.append(("reward", f"{fmean(first):.3f} -> {fmean(last):.3f}  (first and last {len(first)} steps)"))
+        if tokens_per_s := _column(rows, "rollout/generated_tokens_per_s"):
+            lines.append(("generate", f"{median(tokens_per_s):,.0f} tokens/s  (median)"))
+        if seconds := _column(rows, "step/seconds"):
+            lines.append(("step", f"{median(seconds):.1f} s  (median), {sum(seconds) / 60:.1f} min in all"))
+        lines.append(("files", str(self.folder)))
+        if self._wandb is not None:
+            lines.append(("wandb", self._wandb.url or f"offline; to upload: wandb sync {_sync_folder(self._wandb)}"))
+        return "\n".join(f"  {name:<9} {text}" for name, text in lines)
+
+    def _show(self, step: int, row: Mapping[str, float]) -> None:
+        reward, tokens_per_s, seconds = (
+            row.get(name) for name in ("reward/mean", "rollout/generated_tokens_per_s", "step/seconds")
+        )
+        shown = []
+        if reward is not None:
+            shown.append(f"reward {reward:.3f}")
+        if tokens_per_s is not None:
+            shown.append(f"{tokens_per_s:,.0f} tokens/s")
+        self._shown = ", ".join(shown)
+        if self._bar is not None:
+            if self._bar.n == 0:
+                self._bar.initial = self._bar.n = step  # a resumed run: its bar does not count the steps before
+            self._bar.set_postfix_str(self._shown, refresh=False)
+            self._bar.update(step + 1 - self._bar.n)
+            self._bar.refresh()
+        elif self._progress:
+            if seconds is not None:
+                shown.append(f"{seconds:.1f} s")
+            print(f"step {step + 1}/{self._total_steps}: {', '.join(shown)}", file=sys.stderr, flush=True)
+
+
+def to_json_line(step: int, metrics: Mapping[str, float]) -> str:
+    """One line of metrics.jsonl.
+
+    >>> to_json_line(3, {"reward/mean": 0.5, "train/loss": float("nan")})
+    '{"step": 3, "reward/mean": 0.5, "train/loss": "NaN"}\\n'
+    """
+    row = {name: value if math.isfinite(value) else json.dumps(value) for name, value in metrics.items()}
+    return json.dumps({"step": step, **row}, allow_nan=False) + "\n"
+
+
+def read_metrics(folder: Path | str) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl, in order of steps; "step" is one of the keys.
+
+    Of two rows of one step the later counts (a resumed run). A line that a crash cut short is left out. An empty list
+    if the run logged nothing.
+    """
+    file = Path(folder) / METRICS_FILE
+    rows: dict[int, dict[str, float]] = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["step"]] = {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
+    return [rows[step] for step in sorted(rows)]
+
+
+def memory_metrics() -> dict[str, float]:
+    """Memory in use now, in GiB (2**30 bytes), of this rank; one rank's figures, not a sum.
+
+    memory/rss_gib: resident memory of this process (trainer and engine; pages shared with other processes included).
+    memory/device_gib: in use on this rank's GPU by all processes; absent without one.
+
+    >>> 0 < memory_metrics()["memory/rss_gib"] < 1000
+    True
+    """
+    import torch
+
+    metrics = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        metrics["memory/device_gib"] = (total - free) / 2**30
+    return metrics
+
+
+def wandb_mode(mode: Mode) -> StartMode:
+    """What wandb.mode comes to on this machine, without asking anybody anything.
+
+    auto follows WANDB_MODE if that is set, else it is online where wandb finds a login (WANDB_API_KEY, or what
+    `wandb login` left behind) and offline elsewhere. `disabled` imports no wandb.
+
+    Raises:
+        ConfigError: if mode is online and there is no login.
+    """
+    if mode == "auto":
+        chosen = os.environ.get("WANDB_MODE")
+        if chosen in ("online", "offline", "disabled"):
+            mode = cast(Mode, chosen)
+    if mode in ("offline", "disabled"):
+        return cast(StartMode, mode)
+    if _is_logged_in():
+        return "online"
+    if mode == "online":
+        raise ConfigError(
+            "wandb.mode is online, but wandb has no login here: run `wandb login`, set WANDB_API_KEY, "
+            "or set wandb.mode to auto, offline or disabled"
+        )
+    return "offline"
+
+
+def _is_logged_in() -> bool:
+    import wandb
+
+    wandb.setup(_quiet_settings())
+    return wandb.login(prompt=False, verify=False)  # reads what is stored; no request, no question
+
+
+def _start_wandb(folder: Path, config: WandbConfig) -> "Run | None":
+    mode = wandb_mode(config.mode)
+    if mode == "disabled":
+        return None
+    if mode == "offline":
+        # Offline shall mean no network at all: wandb's own crash reports look their server up otherwise.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    def start(mode: Literal["online", "offline"]) -> "Run":
+        run = wandb.init(
+            mode=mode,
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            tags=config.tags,
+            name=folder.name,
+            dir=folder,
+            config=_config_of(folder),
+            settings=_quiet_settings(),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    try:
+        return start(mode)
+    except wandb.errors.CommError as error:
+        if config.mode != "auto" or mode == "offline":
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"wandb has a login but does not answer; this run is recorded offline ({reason})", file=sys.stderr)
+        return start("offline")
+
+
+def _stop_wandb(run: "Run", failed: bool) -> None:
+    """Finish the run and end wandb's service process: `finish` alone may return before the record is on disk."""
+    import wandb
+
+    run.finish(exit_code=int(failed))
+    wandb.teardown(exit_code=int(failed))
+
+
+def _quiet_settings() -> "Settings":
+    """No banners, and no copy of the console (the run's own logs do that)."""
+    import wandb
+
+    return wandb.Settings(console="off", silent=True, init_timeout=WANDB_INIT_TIMEOUT_S)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    file = folder / "config.yaml"
+    return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
+
+
+def _sync_folder(run: "Run") -> str:
+    """The folder that `wandb sync` takes: the parent of the run's files."""
+    return str(Path(run.dir).parent)
+
+
+def _open_to_append(file: Path) -> TextIO:
+    """Open for whole lines, after ending a line that a crash cut short."""
+    torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    handle = file.open("a")
+    if torn:
+        handle.write("\n")
+    return handle
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be drawn: a terminal, and one that knows its size (some containers' have 0 rows)."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 0
+    except OSError:
+        return False
+
+
+def _column(rows: list[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row and math.isfinite(row[name])]

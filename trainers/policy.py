@@ -1,0 +1,186 @@
+"""The policy in training, with a value head on its trunk, and the frozen reference.
+
+Layout of a batch, everywhere in this folder: rows are right-padded, prompt then response. The hidden state at a
+position predicts the next token, so the first response token is predicted at the prompt's last position and the last
+response token's own position predicts nothing that counts. `predicts_response` (batch, sequence) is True at the
+positions that do, and "(tokens,)" counts these, row after row: the order of `response_ids[response_mask]`.
+
+No attention mask is passed, and no position ids. Padding stands to the right and attention looks to the left, so no
+token that counts ever sees a pad (a test compares with rows run one by one); without a mask the attention kernels may
+take their causal fast path.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trainers.logprobs import token_logprobs
+
+
+class PolicyOutput(NamedTuple):
+    """What a forward pass gives for the response tokens of its rows; (tokens,) tensors, float32 or wider.
+
+    Attributes:
+        logprobs: of each response token, natural log, at the sampling temperature.
+        entropy: nats, of the distribution that the token was drawn from; None unless asked for.
+        values: V(s_t), of the state before the token; None unless asked for.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    values: torch.Tensor | None
+
+
+class PolicyWithValue(nn.Module):
+    """A causal language model and a scalar value head that reads the same hidden states.
+
+    One forward pass uses every parameter, through this module's own `forward`: DDP's hooks need that. Train with
+    `values=True`, or DDP waits for the value head's gradient.
+
+    The value head starts at zero. All values are then 0 before the first update, on all ranks alike, and the value
+    loss does not move the trunk until the head has learned something. Its weights are float32, also under a bfloat16
+    trunk: a return of 1 is learned in steps smaller than bfloat16 resolves.
+
+    Args:
+        language_model: any Hugging Face causal language model whose head is one matrix (see `require_plain_head`).
+
+    Attributes:
+        language_model: the same; its `named_parameters()` are what the rollout engine takes over.
+        value_head: Linear(hidden, 1).
+    """
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        weight = language_model.get_output_embeddings().weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.language_model = language_model
+        self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=dtype)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        predicts_response: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        values: bool = True,
+    ) -> PolicyOutput:
+        """Log-probs, entropies and values of the response tokens.
+
+        Args:
+            input_ids: (batch, sequence) int64, right-padded with any valid id.
+            predicts_response: (batch, sequence) bool; True where the hidden state predicts a response token.
+            targets: (tokens,) int64, the response tokens, row after row.
+            temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
+            entropy: True gives entropies; their gradient is exact.
+            values: True gives values.
+        """
+        hidden = response_hidden_states(self.language_model, input_ids, predicts_response)
+        head = self.language_model.get_output_embeddings().weight
+        logprobs, entropies = token_logprobs(hidden, head, targets, temperature, entropy)
+        state_values = None
+        if values:
+            with torch.autocast(hidden.device.type, enabled=False):
+                state_values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return PolicyOutput(logprobs, entropies, state_values)
+
+
+def response_hidden_states(
+    language_model: PreTrainedModel, input_ids: torch.Tensor, predicts_response: torch.Tensor
+) -> torch.Tensor:
+    """The last hidden states at the positions that predict response tokens: (tokens, hidden).
+
+    The trunk alone is called: the language model's own forward would make logits for every position.
+    """
+    trunk = language_model.base_model
+    hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, predicts_response.flatten().nonzero().squeeze(1))
+
+
+def reference_logprobs(
+    reference: PreTrainedModel,
+    input_ids: torch.Tensor,
+    predicts_response: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """The frozen reference's log-probs of the response tokens; arguments and result as of `PolicyWithValue.forward`."""
+    hidden = response_hidden_states(reference, input_ids, predicts_response)
+    return token_logprobs(hidden, reference.get_output_embeddings().weight, targets, temperature)[0]
+
+
+def load_policy(path: str, dtype: str | torch.dtype, gradient_checkpointing: bool = False) -> PolicyWithValue:
+    """A policy to train, on the CPU and in training mode, from a Hugging Face model.
+
+    Args:
+        path: local folder or hub name.
+        dtype: of the weights, "float32" or "bfloat16" (or a torch dtype).
+        gradient_checkpointing: True recomputes each layer in the backward pass: less memory, a forward pass more.
+
+    Raises:
+        ValueError: if the model's logits are more than hidden states times one matrix.
+    """
+    language_model = _load_language_model(path, dtype)
+    if gradient_checkpointing:
+        language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return PolicyWithValue(language_model).train()
+
+
+def load_reference(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The frozen reference of the KL penalty: no gradients, no value head, evaluation mode; arguments as `load_policy`.
+
+    Raises:
+        ValueError: if the model's logits are more than hidden states times one matrix.
+    """
+    return _load_language_model(path, dtype).eval().requires_grad_(False)
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Sets every dropout probability of a model's config to 0, in place.
+
+    PPO compares log-probs of the same weights in two passes: with dropout the ratio of the first would not be 1, and
+    the trainer's policy not the one that the engine sampled from.
+
+    >>> from transformers import LlamaConfig
+    >>> without_dropout(LlamaConfig(attention_dropout=0.1)).attention_dropout
+    0.0
+    """
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def require_plain_head(language_model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not its last hidden states times its head's weight.
+
+    Heads with a bias, a scale or a soft cap (Phi, Cohere, Granite, Gemma 2) would train on wrong log-probs in silence.
+    Four tokens through both ways tell, whatever the architecture calls its switches.
+
+    Raises:
+        ValueError: if the two ways disagree.
+    """
+    head = language_model.get_output_embeddings().weight
+    input_ids = torch.arange(4, device=head.device)[None] % head.shape[0]
+    with torch.no_grad():
+        hidden = language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        ours = (hidden @ head.T).float()
+        theirs = language_model(input_ids=input_ids, use_cache=False).logits.float()
+    gap = (ours - theirs).abs().max().item()
+    if not gap <= 1e-3 * theirs.abs().max().item():
+        raise ValueError(
+            f"the logits of {type(language_model).__name__} differ by up to {gap:.3g} from its hidden states times its "
+            "head's weight: its head has a bias, a scale or a soft cap, which trainers/logprobs.py does not compute; "
+            "give model.path a model whose head is one matrix (Llama, Qwen, Mistral, SmolLM)"
+        )
+
+
+def _load_language_model(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    config = without_dropout(AutoConfig.from_pretrained(path))
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+    require_plain_head(model.eval())
+    return model
