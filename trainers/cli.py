@@ -50,6 +50,8 @@ def run_cli(
     Args:
         argv: without the script's name; None takes the process's own.
     """
+    # Read by torch when it is first imported, which is in `main`: notes of its C++ side are not for the user.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         config, dry_run = parse(config_class, sys.argv[1:] if argv is None else argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from rollout import RolloutBatch, RolloutEngine, World, init_world
 from rollout.throughput import merge_groups
@@ -63,6 +64,7 @@ def train(config: PPOConfig) -> Path:
     Raises:
         ConfigError: if the data or a setting is at fault; found before the model is loaded.
     """
+    disable_progress_bar()
     world = init_world()
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)

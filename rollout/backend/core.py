@@ -15,7 +15,6 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from rollout.backend.executor import SYNCHRONOUS, TorchrunExecutor
-from rollout.backend.isolation import preserved_trainer_state
 from rollout.config import RolloutConfig, SamplingConfig
 
 GIB = 1024**3
@@ -70,13 +69,9 @@ class Core:
 
 
 def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> Core:
-    """Load the model and allocate its KV cache; on every rank, with the default process group in place.
-
-    Leaves the trainer's random state, dtype, thread count and environment as they were.
-    """
-    with preserved_trainer_state():
-        arguments = engine_arguments(model, tensor_parallel_size, config, on_cuda)
-        engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
+    """Load the model and allocate its KV cache; on every rank, with the default process group in place."""
+    arguments = engine_arguments(model, tensor_parallel_size, config, on_cuda)
+    engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
     executor = engine_core.model_executor
     assert isinstance(executor, TorchrunExecutor)
     return Core(engine_core.scheduler, executor, engine_core.batch_queue_size, engine_core)
@@ -105,6 +100,7 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
         async_scheduling=config.async_scheduling,
         # The log-prob of the distribution that was sampled from, temperature included: what the trainer needs.
         logprobs_mode="processed_logprobs",
+        skip_tokenizer_init=True,  # texts are ours: RolloutEngine.tokenizer
         use_tqdm_on_load=False,
         additional_config={} if config.async_scheduling else SYNCHRONOUS,
     )

@@ -28,9 +28,9 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rollout.backend.execute_thread import ExecuteThread
 from rollout.backend.head import Float32Head, keep_float32_head
-from rollout.backend.isolation import preserved_random_state, preserved_trainer_state
 from rollout.backend.sampler import CounterSampler
 from rollout.backend.worker import load_policy_weights, unlink_shared_memory
+from rollout.isolation import preserved_random_state, preserved_trainer_state
 from rollout.world import init_world
 
 # vLLM's CPU platform switches asynchronous scheduling off whatever was asked, so the wish travels in additional_config.

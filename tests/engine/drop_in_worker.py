@@ -1,6 +1,6 @@
 """vLLM's own LLM with our executor class, as the users of its external launcher write it.
 
-    torchrun --nproc_per_node=2 drop_in_worker.py MODEL
+torchrun --nproc_per_node=2 drop_in_worker.py MODEL
 """
 
 import json

@@ -69,6 +69,8 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
     engine.close()
     after = trainer_state()
     result["changed"] = [name for name in before if before[name] != after[name]]
+    if "environment" in result["changed"]:
+        result["changed"] += sorted(map(str, before["environment"].items() ^ after["environment"].items()))
     result["threads_left"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("execute")]
     # The segments are named after the process id of rank 0: one of this process or of its parent's other children.
     result["shared_memory_left"] = [path.name for path in Path("/dev/shm").glob("*rollout-*")]

@@ -9,8 +9,9 @@ from tests.launch import launch
 
 WORKER = Path(__file__).with_name("weights_worker.py")
 
-# Mean |difference| of log-probs. float32 differs in the order of sums alone; bfloat16 rounds every activation.
-LIMITS = {"float32": 1e-4, "bfloat16": 0.03}
+# Mean |difference| of log-probs. float32 differs in the order of sums alone; bfloat16 rounds every activation, of which
+# this random model with its large weights makes more than a trained one (docs/results.md has that one's).
+LIMITS = {"float32": 1e-4, "bfloat16": 0.06}
 
 
 @pytest.fixture(scope="module", params=["float32 tied", "bfloat16 tied", "float32 untied"])

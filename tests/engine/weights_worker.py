@@ -1,12 +1,14 @@
 """Runs in every rank: sync a changed policy, then again with one part left stale; the gaps go to OUT/rankN.json.
 
-    torchrun --nproc_per_node=2 weights_worker.py MODEL OUT DTYPE
+torchrun --nproc_per_node=2 weights_worker.py MODEL OUT DTYPE
 """
 
+import copy
 import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,39 +31,44 @@ def changed(policy: PreTrainedModel, seed: int) -> PreTrainedModel:
     return policy
 
 
-def logprob_gap(policy: PreTrainedModel, batch: RolloutBatch) -> tuple[float, float]:
-    """Mean and largest |engine - policy| of the response tokens' log-probs, the policy's in float32."""
+def logprob_gap(policy: PreTrainedModel, batch: RolloutBatch, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean and largest |engine - policy| of the response tokens' log-probs.
+
+    The policy's weights are rounded to the engine's dtype, as the sync does, and then compute in float32.
+    """
+    policy = copy.deepcopy(policy).to(dtype).float()
     gaps = []
-    for rollout in batch:
-        ids = torch.tensor(np.concatenate([rollout.prompt_ids, rollout.response_ids]))[None].long()
+    for row in batch:
+        ids = torch.tensor(np.concatenate([row.prompt_ids, row.response_ids]))[None].long()
         with torch.no_grad():
             logprobs = policy(ids).logits.float().log_softmax(-1)[0]
-        responses = range(len(rollout.prompt_ids), ids.shape[1])
+        responses = range(len(row.prompt_ids), ids.shape[1])
         ours = np.array([logprobs[position - 1, ids[0, position]].item() for position in responses])
-        gaps.append(np.abs(ours - rollout.logprobs))
+        gaps.append(np.abs(ours - row.logprobs))
     gap = np.concatenate(gaps)
     return float(gap.mean()), float(gap.max())
 
 
 def main() -> None:
     model, out, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    gap = partial(logprob_gap, dtype=getattr(torch, dtype))
     rank = int(os.environ.get("RANK", "0"))
     engine = RolloutEngine(model, RolloutConfig(dtype=dtype, max_model_len=128, kv_cache_gib=0.25, enforce_eager=True))
     policy = changed(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), seed=1)
     rng = np.random.default_rng(rank)
     prompts = [rng.integers(10, 400, size=12).tolist() for _ in range(16)]
     sampling = SamplingConfig(max_tokens=16, temperature=1.0, ignore_eos=True)
-    results: dict = {"before_sync": logprob_gap(policy, engine.generate(prompts, sampling)), "versions": []}
+    results: dict = {"before_sync": gap(policy, engine.generate(prompts, sampling)), "versions": []}
 
     results["versions"].append(engine.generate(prompts, sampling).version)
     report = engine.sync_weights(policy, version=7)
     batch = engine.generate(prompts, sampling)
     results["versions"].append(batch.version)
-    results["synced"] = logprob_gap(policy, batch)
+    results["synced"] = gap(policy, batch)
     results["num_bytes"] = report.num_bytes
     # Tempered sampling: the engine's log-probs are those of the distribution that it drew from.
     tempered = engine.generate(prompts, SamplingConfig(max_tokens=8, temperature=0.5, ignore_eos=True))
-    results["tempered_as_plain"] = logprob_gap(policy, tempered)
+    results["tempered_as_plain"] = gap(policy, tempered)
 
     names = rollout.weights.named_weights
     parts = [*STALE_PARTS] + ([] if policy.config.tie_word_embeddings else ["lm_head"])
@@ -77,10 +84,10 @@ def main() -> None:
 
         rollout.weights.named_weights = all_but_one
         engine.sync_weights(policy, version=seed + 10)
-        results[f"stale {part}"] = logprob_gap(policy, engine.generate(prompts, sampling))
+        results[f"stale {part}"] = gap(policy, engine.generate(prompts, sampling))
         rollout.weights.named_weights = names
         engine.sync_weights(policy, version=seed + 11)
-        results[f"healed {part}"] = logprob_gap(policy, engine.generate(prompts, sampling))
+        results[f"healed {part}"] = gap(policy, engine.generate(prompts, sampling))
 
     missing = dict(list(names(policy))[:-1])
     rollout.weights.named_weights = lambda _: iter(missing.items())

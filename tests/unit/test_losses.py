@@ -9,7 +9,7 @@ from trainers.across_ranks import count_over_ranks, undo_ddp_mean
 from trainers.losses import entropy_bonus, kl_k1, kl_k2, kl_k3, ppo_policy_loss, value_loss
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
-ALL = torch.ones(4, dtype=torch.bool)
+ALL = torch.ones(5, dtype=torch.bool)
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -17,25 +17,27 @@ def tensor(*values: float) -> torch.Tensor:
 
 
 def test_policy_loss_by_hand():
-    ratio, advantages = tensor(1.5, 0.5, 1.5, 1.1), tensor(2.0, 2.0, -2.0, 1.0)
+    ratio, advantages = tensor(1.5, 0.5, 1.5, 0.5, 1.1), tensor(2.0, 2.0, -2.0, -2.0, 1.0)
     logprobs = ratio.log().requires_grad_()
-    loss, stats = ppo_policy_loss(logprobs, torch.zeros(4).double(), advantages, ALL, clip_range=0.2, num_tokens=4)
-    # min(1.5 * 2, 1.2 * 2) = 2.4;  min(0.5 * 2, 0.8 * 2) = 1;  min(1.5 * -2, 1.2 * -2) = -3;  min(1.1, 1.1) = 1.1.
-    # -(2.4 + 1 - 3 + 1.1) / 4 = -0.375.
-    torch.testing.assert_close(loss, tensor(-0.375)[0], **EXACT)
+    loss, stats = ppo_policy_loss(logprobs, torch.zeros(5).double(), advantages, ALL, clip_range=0.2, num_tokens=5)
+    # min(1.5 * 2, 1.2 * 2) = 2.4;      min(0.5 * 2, 0.8 * 2) = 1;
+    # min(1.5 * -2, 1.2 * -2) = -3;     min(0.5 * -2, 0.8 * -2) = -1.6;     min(1.1, 1.1) = 1.1.
+    # -(2.4 + 1 - 3 - 1.6 + 1.1) / 5 = 0.02.
+    torch.testing.assert_close(loss, tensor(0.02)[0], **EXACT)
     torch.testing.assert_close(stats["policy_loss"], loss.detach(), **EXACT)
-    assert stats["clip_fraction"].item() == 0.75  # 1.5, 0.5 and 1.5 lie outside 0.8 to 1.2
-    # k3 = ratio - 1 - log ratio: 0.5 - log 1.5 = 0.09453, twice; -0.5 - log 0.5 = 0.19315; 0.1 - log 1.1 = 0.00469.
-    assert stats["kl"].item() == pytest.approx((2 * 0.0945348919 + 0.1931471806 + 0.0046898202) / 4, rel=1e-9)
+    assert stats["clip_fraction"].item() == 0.8  # all but 1.1 lie outside 0.8 to 1.2
+    # k3 = ratio - 1 - log ratio:
+    # twice 0.5 - log 1.5 = 0.09453, twice -0.5 - log 0.5 = 0.19315, 0.1 - log 1.1 = 0.00469.
+    assert stats["kl"].item() == pytest.approx((2 * 0.0945348919 + 2 * 0.1931471806 + 0.0046898202) / 5, rel=1e-9)
     loss.backward()
-    # d(ratio * A) / d log-prob = ratio * A where the minimum is the unclipped side, else 0; times -1/4.
-    torch.testing.assert_close(logprobs.grad, tensor(0.0, -0.25, 0.75, -0.275), **EXACT)
+    # d(ratio * A) / d log-prob = ratio * A where the minimum is the unclipped side, else 0; times -1/5.
+    torch.testing.assert_close(logprobs.grad, tensor(0.0, -0.2, 0.6, 0.0, -0.22), **EXACT)
 
 
 def test_value_loss_by_hand():
     values = tensor(2.0, 0.1, -1.0, 0.5).requires_grad_()
     returns, old = tensor(3.0, 1.0, 0.0, 0.5), torch.zeros(4).double()
-    loss, stats = value_loss(values, old, returns, ALL, clip_range=0.5, num_tokens=4)
+    loss, stats = value_loss(values, old, returns, ALL[:4], clip_range=0.5, num_tokens=4)
     # Unclipped errors^2: 1, 0.81, 1, 0. Clipped values 0.5, 0.1, -0.5, 0.5: 6.25, 0.81, 0.25, 0.
     # The worse: 6.25, 0.81, 1, 0. Half their sum over 4: 8.06 / 8 = 1.0075.
     torch.testing.assert_close(loss, tensor(1.0075)[0], **EXACT)

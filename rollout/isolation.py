@@ -29,7 +29,8 @@ def preserved_trainer_state() -> Iterator[None]:
     """Leave random state, default dtype, thread count, `torch.set_num_threads` and the environment as they were.
 
     vLLM's CPU worker seeds the global generators, replaces `torch.set_num_threads` by a no-op for the whole process,
-    and its CPU platform writes LD_PRELOAD and LOCAL_WORLD_SIZE, which the trainer's data workers would inherit.
+    and its CPU platform writes LD_PRELOAD and LOCAL_WORLD_SIZE, which the trainer's data workers would inherit. Its
+    import alone leaves a dozen variables behind.
     """
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()

@@ -1,0 +1,34 @@
+"""A random Llama of 0.3 billion parameters: large enough to load a GPU, written in seconds, nothing to download."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 49152
+
+
+def write_random_llama(folder: Path) -> None:
+    """24 layers of 1024, 16 query and 8 key-value heads of 64, tied embeddings, bfloat16.
+
+    The weights are twice as large as usual, so that its distributions are far from uniform and a stale layer shows.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(folder)

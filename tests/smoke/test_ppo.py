@@ -1,0 +1,99 @@
+"""scripts/ppo.py as a user runs it: a whole tiny run, and the mistakes a user makes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import Completed, launch
+
+SMOKE = "configs/smoke.yaml"
+
+# The names of docs/metrics.md that every step of every run logs.
+ALWAYS = {
+    "reward/mean",
+    "rollout/generated_tokens_per_s",
+    "rollout/host_gap_fraction",
+    "step/seconds",
+    "sync/version",
+    "train/logprob_gap_mean",
+    "train/grad_norm",
+    "phase/generate_s",
+    "phase/optimize_s",
+    "memory/rss_gib",
+}
+
+
+def ppo(*overrides: str, nproc: int | None = 2, timeout_s: float = 240.0) -> Completed:
+    return launch(["scripts/ppo.py", *overrides], nproc=nproc, timeout_s=timeout_s)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
+    model = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}"]
+    done = ppo(SMOKE, *model, "run.name=first", "run.progress=true", "wandb.mode=offline")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.left_running == []
+    assert "step 2/2: reward" in done.stderr
+    rows = metrics(tmp_path / "first")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert [row["sync/version"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row.keys() >= ALWAYS
+        assert row["train/logprob_gap_mean"] < 0.03
+    for file in ("config.yaml", "environment.json", "samples.jsonl", "reward.png", "phases.png", "policy/config.json"):
+        assert (tmp_path / "first" / file).stat().st_size > 0, file
+    assert list((tmp_path / "first").glob("wandb/offline-run-*/run-*.wandb"))
+
+    # The trained policy is a model like any other, and the resolved config a config: the run goes on from both. In one
+    # plain process this time.
+    again = [str(tmp_path / "first" / "config.yaml"), f"model.path={tmp_path / 'first' / 'policy'}"]
+    done = ppo(*again, "run.name=second", "ppo.steps=1", "rollout.tensor_parallel_size=null", nproc=None)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(metrics(tmp_path / "second")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.max_num_seq=8"], "did you mean rollout.max_num_seqs"),
+        (["ppo.steps=three"], "ppo.steps"),
+        (["model.path=models/nowhere"], "scripts/prepare_model.py"),
+        (["rollout.tensor_parallel_size=3"], "does not divide"),
+        (["data.source=DATA", "data.prompt_column=nothing"], "question"),
+        (["data.source=DATA", "rollout.max_model_len=40"], "raise rollout.max_model_len"),
+        (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_1(
+    overrides: list[str], words: str, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "What is one and one and one? " * 20, "answer": "3"}) + "\n")
+    given = [override.replace("DATA", str(data)) for override in overrides]
+    if not any(override.startswith("model.path") for override in given):
+        given.append(f"model.path={tiny_model_path}")
+    done = ppo(SMOKE, *given, f"run.directory={tmp_path}", timeout_s=90)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_heads_that_do_not_divide_name_the_script(tiny_model_path: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_model_path / "config.json").read_text()) | {"num_attention_heads": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = ppo(SMOKE, f"model.path={tmp_path}", timeout_s=60)
+    assert done.returncode == 1
+    assert "python scripts/prepare_model.py --tensor-parallel-size 2" in done.stderr
+
+
+def test_dry_run_prints_the_resolved_config(tiny_model_path: Path) -> None:
+    done = ppo(SMOKE, f"model.path={tiny_model_path}", "ppo.steps=7", "--dry-run", nproc=None, timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    assert "steps: 7" in done.stdout
+    assert "Nothing was trained" in done.stderr
