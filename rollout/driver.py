@@ -1,5 +1,6 @@
 """The step loop of one phase: admit a batch, keep the device fed, collect tokens and log-probs as arrays."""
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,11 @@ class Collected:
             lengths=np.zeros(num_sequences, np.int32),
             finished=np.zeros(num_sequences, bool),
         )
+
+    def digest(self) -> str:
+        """SHA-256 of all tokens, log-probs and lengths, bit for bit."""
+        arrays = (self.token_ids, self.logprobs, self.lengths)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     def add(self, outputs: Sequence[Any]) -> None:
         """Take in one step's outputs (vLLM's EngineCoreOutput, whose request ids are row numbers)."""

@@ -76,9 +76,9 @@ class RolloutEngine:
         return dict(self._metrics)
 
     @property
-    def timeline(self) -> PhaseTimeline | None:
+    def timeline(self) -> PhaseTimeline:
         """When each step of the last `generate` was scheduled, run, waited for and taken in, on this rank."""
-        return self._phase.timeline if self._phase else None
+        return self._phase.timeline if self._phase else PhaseTimeline()
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -86,6 +86,12 @@ class RolloutEngine:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.model)
+
+    def digest(self) -> str:
+        """Of all tokens and log-probs of the last `generate`, the whole group's: equal on each of its ranks."""
+        if self._collected is None:
+            raise RuntimeError("nothing was generated yet: call generate first")
+        return self._collected.digest()
 
     def describe(self) -> dict[str, Any]:
         """What really runs: scheduler, executor and model runner classes, queue depth."""

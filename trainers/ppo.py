@@ -70,6 +70,17 @@ def train(config: PPOConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     stream = prompt_stream(config, tokenizer, world)
     folder = agreed_run_folder(config, world)
+    learn(config, world, stream, tokenizer, folder)
+    # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
+    dist.barrier()
+    dist.destroy_process_group()
+    return folder
+
+
+def learn(
+    config: PPOConfig, world: World, stream: PromptStream, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """All steps of the run: generate, score, evaluate, update."""
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
         Dashboard(folder, config.wandb, config.run, config.ppo.steps, world.is_main) as dashboard,
@@ -97,9 +108,6 @@ def train(config: PPOConfig) -> Path:
         if world.is_main:
             save_policy(folder, learner.policy, tokenizer, config)
             plot_run(folder)
-    dist.barrier()
-    dist.destroy_process_group()
-    return folder
 
 
 def prompt_stream(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> PromptStream:
@@ -129,6 +137,7 @@ def make_learner(config: PPOConfig, world: World) -> Learner:
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
+        fused=True,  # one pass over the memory; on the CPU too
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

@@ -57,7 +57,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
         batch = engine.generate(prompts(engine.world.rank, share // sampling.n), sampling)
         collected = engine._collected
         result["phases"][name] = {
-            "group": digest(collected.token_ids, collected.logprobs, collected.lengths),
+            "group": engine.digest(),
             "tokens_of_group": digest(collected.token_ids, collected.lengths),
             "share": digest(batch.response_ids, batch.logprobs),
             "rows": len(batch),
