@@ -10,6 +10,7 @@ from rollout.types import Prompt, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from rollout.engine import RolloutEngine
+    from rollout.throughput import merge_groups, overlap_fraction
     from rollout.weights import SyncReport
     from rollout.world import World, init_world
 
@@ -23,6 +24,8 @@ __all__ = [
     "SyncReport",
     "World",
     "init_world",
+    "merge_groups",
+    "overlap_fraction",
 ]
 
 _LAZY = {
@@ -30,6 +33,8 @@ _LAZY = {
     "SyncReport": "rollout.weights",
     "World": "rollout.world",
     "init_world": "rollout.world",
+    "merge_groups": "rollout.throughput",
+    "overlap_fraction": "rollout.throughput",
 }
 
 

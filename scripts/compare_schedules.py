@@ -12,8 +12,7 @@ import sys
 
 import torch.distributed as dist
 
-from rollout import RolloutConfig, RolloutEngine, SamplingConfig
-from rollout.throughput import overlap_fraction
+from rollout import RolloutConfig, RolloutEngine, SamplingConfig, overlap_fraction
 
 
 def arguments() -> argparse.Namespace:

@@ -18,8 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutBatch, RolloutEngine, World, init_world
-from rollout.throughput import merge_groups
+from rollout import RolloutBatch, RolloutEngine, World, init_world, merge_groups
 from trainers.across_ranks import count_over_ranks, max_over_ranks, sum_over_ranks, undo_ddp_mean
 from trainers.advantages import gae, token_rewards, whiten
 from trainers.batching import TrainBatch, make_batch, unpack
