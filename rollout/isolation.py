@@ -26,7 +26,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserved_trainer_state() -> Iterator[None]:
-    """Leave random state, default dtype, thread count, `torch.set_num_threads` and the environment as they were.
+    """Leave random state, default dtype, precision switches, thread count and the environment as they were.
 
     vLLM's CPU worker seeds the global generators, replaces `torch.set_num_threads` by a no-op for the whole process,
     and its CPU platform writes LD_PRELOAD and LOCAL_WORLD_SIZE, which the trainer's data workers would inherit. Its
@@ -34,6 +34,8 @@ def preserved_trainer_state() -> Iterator[None]:
     """
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    # vLLM's import and its CUDA attention change these two.
+    matmul_precision, cudnn_sdp = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     with preserved_random_state():
         try:
             yield
@@ -41,6 +43,8 @@ def preserved_trainer_state() -> Iterator[None]:
             torch.set_num_threads = set_num_threads
             torch.set_num_threads(num_threads)
             torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(matmul_precision)
+            torch.backends.cuda.enable_cudnn_sdp(cudnn_sdp)
             os.environ.clear()
             os.environ.update(environment)
 

@@ -111,8 +111,9 @@ def make_requests(
 ) -> list[Request]:
     """One request a sequence: sample j of prompt i is request number i * n + j, and its id is that number.
 
-    Every sequence has a random stream of its own, drawn from `seed` and its number: the same tokens whatever else is in
-    the batch, in whatever order it is scheduled, on every rank.
+    Every sequence has a random stream of its own, drawn from `seed` and its number: the same random numbers whatever
+    else is in the batch, in whatever order it is scheduled, on every rank. The same tokens, too, where the logits do
+    not depend on the batch; on CUDA other batch sizes take other kernels, whose roundings differ.
     """
     params = sampling_params(core, sampling)
     # One word a sequence; a longer batch begins with the words of a shorter one.

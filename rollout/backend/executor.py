@@ -146,11 +146,19 @@ class TorchrunExecutor(Executor):
             ValueError: if the policy lacks a parameter that the engine has.
         """
 
+        on_cuda = current_platform.is_cuda()
+        # The policy's last update may still be under way on a stream that this thread's does not know.
+        written = torch.cuda.current_stream().record_event() if on_cuda else None
+
         def load() -> int:
+            if written is not None:
+                torch.cuda.current_stream().wait_event(written)
             with preserved_random_state():
                 num_bytes = load_policy_weights(self.driver_worker, weights)
             if self._head is not None:
                 self._head.refresh()
+            if on_cuda:
+                torch.cuda.current_stream().synchronize()  # and the policy's next update must not overtake the copy
             return num_bytes
 
         return self.thread.run(load)

@@ -3,7 +3,7 @@
 vLLM's CPU sampler draws a seed a row from torch's global generator in every step, which is the trainer's. Its
 generators of single requests advance with every step that touches the request, chunks of a prompt included (and there
 it raises, since CPU generators have no offset to set back). Here a row's randomness is a pure function of (seed,
-position): the same tokens whatever the batch, the schedule, a preemption or the rank, and no generator is read or
+position): the same noise whatever the batch, the schedule, a preemption or the rank, and no generator is read or
 moved.
 """
 

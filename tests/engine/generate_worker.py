@@ -36,6 +36,7 @@ def trainer_state() -> dict:
         "numpy": digest(np.random.get_state()[1]),
         "torch": digest(torch.get_rng_state().numpy()),
         "dtype": str(torch.get_default_dtype()),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "set_num_threads": torch.set_num_threads.__module__,
         "environment": dict(os.environ),
