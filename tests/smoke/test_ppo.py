@@ -43,7 +43,7 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     assert [row["sync/version"] for row in rows] == [0, 1]
     for row in rows:
         assert row.keys() >= ALWAYS
-        assert row["train/logprob_gap_mean"] < 0.03
+        assert row["train/logprob_gap_mean"] < 0.06  # as in tests/engine/test_weights.py: a random model, bfloat16
     for file in ("config.yaml", "environment.json", "samples.jsonl", "reward.png", "phases.png", "policy/config.json"):
         assert (tmp_path / "first" / file).stat().st_size > 0, file
     assert list((tmp_path / "first").glob("wandb/offline-run-*/run-*.wandb"))
@@ -51,9 +51,11 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     # The trained policy is a model like any other, and the resolved config a config: the run goes on from both. In one
     # plain process this time.
     again = [str(tmp_path / "first" / "config.yaml"), f"model.path={tmp_path / 'first' / 'policy'}"]
-    done = ppo(*again, "run.name=second", "ppo.steps=1", "rollout.tensor_parallel_size=null", nproc=None)
+    changes = ["run.name=second", "ppo.steps=1", "rollout.dtype=float32", "model.autocast=no"]
+    done = ppo(*again, *changes, nproc=None)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(metrics(tmp_path / "second")) == 1
+    (row,) = metrics(tmp_path / "second")
+    assert row["train/logprob_gap_mean"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
         (["model.path=models/nowhere"], "scripts/prepare_model.py"),
         (["rollout.tensor_parallel_size=3"], "does not divide"),
         (["data.source=DATA", "data.prompt_column=nothing"], "question"),
-        (["data.source=DATA", "rollout.max_model_len=40"], "raise rollout.max_model_len"),
+        (["data.source=DATA", "rollout.max_model_len=40"], "Raise rollout.max_model_len by"),
         (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -80,7 +82,7 @@ def test_mistakes_end_with_one_message_and_code_1(
     assert done.returncode == 1
     assert words in done.stderr
     assert done.stderr.count("error: ") == 1
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    assert "/trainers/" not in done.stderr  # no traceback of ours beside that of torchrun
     assert not (tmp_path / "runs").exists()
 
 
