@@ -1,6 +1,7 @@
 """The executor class handed to vLLM's own LLM, in a plain process and under torchrun."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def test_in_a_plain_process_and_under_torchrun(small_vocabulary_model_path: Path
     assert ranks[0]["tokens"] == ranks[1]["tokens"]
     # Two ranks add up in another order than one, so a token in a thousand may differ; the first ones do not.
     assert [tokens[0] for tokens in single["tokens"]] == [tokens[0] for tokens in ranks[0]["tokens"]]
+
+
+def test_two_jobs_side_by_side(small_vocabulary_model_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        jobs = list(pool.map(lambda _: results(small_vocabulary_model_path, nproc=2), range(2)))
+    assert len({json.dumps(rank["tokens"]) for ranks in jobs for rank in ranks}) == 1
+    assert not list(Path("/dev/shm").glob("*rollout-*"))
 
 
 def test_multiprocessing_is_refused(small_vocabulary_model_path: Path) -> None:
