@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,8 @@ class Completed:
 
     Attributes:
         returncode: of torchrun, or of the plain process; 0 is success.
-        stdout: of all ranks, interleaved.
-        stderr: of all ranks, interleaved, with torchrun's own report of a failure.
+        stdout: of all ranks, one rank after the other, then torchrun's own.
+        stderr: likewise; torchrun's own has its report of a failure.
         seconds: from start to end.
         left_running: command lines of processes of this launch that outlived it by GRACE_S, and were then killed.
     """
@@ -70,6 +71,10 @@ def launch(
     if nproc is not None:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--rdzv-backend=c10d"]
         launcher += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    logs = Path(tempfile.mkdtemp(prefix="launch-"))
+    if nproc is not None:
+        # A file for each rank: written to one, the lines of two ranks that print at once would run into each other.
+        launcher += [f"--log-dir={logs}", "--redirects=3"]
     tag = uuid.uuid4().hex
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, **SETTINGS, "PYTHONPATH": python_path, **(env or {}), TAG: tag}
@@ -91,7 +96,9 @@ def launch(
             seconds = time.monotonic() - start
             left_running = _end(tag)
             process.wait()
-        stdout, stderr = (_read(file) for file in (out, err))
+        stdout = _of_ranks(logs, "stdout.log") + _read(out)
+        stderr = _of_ranks(logs, "stderr.log") + _read(err)
+        shutil.rmtree(logs)
     if timed_out:
         raise TimeoutError(
             f"{' '.join(map(str, words))} was not done after {timeout_s} s\n"
@@ -134,6 +141,11 @@ def _command_line(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return "(ended meanwhile)"
+
+
+def _of_ranks(logs: Path, name: str) -> str:
+    """What the ranks wrote, in the order of their numbers; torchrun makes LOGS/RUN/attempt_0/RANK/NAME."""
+    return "".join(file.read_text() for file in sorted(logs.rglob(name), key=lambda file: int(file.parent.name)))
 
 
 def _read(file: IO[str]) -> str:

@@ -5,6 +5,7 @@ trainer the ranks are data-parallel; to the engine they are tensor-parallel.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,9 @@ def learn(
     config: PPOConfig, world: World, stream: PromptStream, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """All steps of the run: generate, score, evaluate, update."""
+    if world.is_main and config.run.progress:
+        compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
+        print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
         Dashboard(folder, config.wandb, config.run, config.ppo.steps, world.is_main) as dashboard,
