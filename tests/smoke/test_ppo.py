@@ -58,6 +58,15 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     assert row["train/logprob_gap_mean"] < 1e-4
 
 
+def test_the_default_model_keeps_the_bfloat16_limit(model_path: Path, tmp_path: Path) -> None:
+    """The limit that docs/results.md states, on the model that it is stated for."""
+    task = ["sampling.max_tokens=16", "data.instruction= Answer with only the number.", "ppo.prompts_per_step=32"]
+    done = ppo(SMOKE, *task, f"model.path={model_path}", f"run.directory={tmp_path}", "run.name=gap", "ppo.steps=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = metrics(tmp_path / "gap")
+    assert row["train/logprob_gap_mean"] < 0.03
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
