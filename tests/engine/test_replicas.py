@@ -1,0 +1,17 @@
+"""Two replicas in one job: each generates its own prompts, however many and however long, and waits for nobody."""
+
+import json
+from pathlib import Path
+
+from tests.launch import launch
+
+WORKER = Path(__file__).with_name("replicas_worker.py")
+
+
+def test_replicas_generate_on_their_own(small_vocabulary_model_path: Path, tmp_path: Path) -> None:
+    done = launch([WORKER, small_vocabulary_model_path, tmp_path], nproc=2, timeout_s=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    # 2 prompts x 2 samples x 4 tokens; 5 x 2 x 12.
+    assert [(result["rows"], result["tokens"]) for result in results] == [(4, 16), (10, 120)]
+    assert [result["metrics"]["rollout/generated_tokens"] for result in results] == [16, 120]
