@@ -11,6 +11,7 @@ from rollout.types import Prompt, Rollout, RolloutBatch
 if TYPE_CHECKING:
     from rollout.engine import RolloutEngine
     from rollout.throughput import merge_groups, overlap_fraction
+    from rollout.trace import merge_traces, write_trace
     from rollout.weights import SyncReport
     from rollout.world import World, init_world
 
@@ -25,7 +26,9 @@ __all__ = [
     "World",
     "init_world",
     "merge_groups",
+    "merge_traces",
     "overlap_fraction",
+    "write_trace",
 ]
 
 _LAZY = {
@@ -34,7 +37,9 @@ _LAZY = {
     "World": "rollout.world",
     "init_world": "rollout.world",
     "merge_groups": "rollout.throughput",
+    "merge_traces": "rollout.trace",
     "overlap_fraction": "rollout.throughput",
+    "write_trace": "rollout.trace",
 }
 
 

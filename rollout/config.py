@@ -22,12 +22,14 @@ class RolloutConfig:
         kv_cache_gib: size of the KV cache a rank, in GiB. On the CPU None means 1 GiB; on CUDA None lets
             `gpu_memory_utilization` decide.
         gpu_memory_utilization: share of a GPU's memory that the engine may fill (CUDA only).
-        block_size: tokens a KV-cache block; None takes vLLM's default for the device.
+        block_size: tokens a KV-cache block; None takes vLLM's default, on the CPU 32.
         async_scheduling: True schedules step i+1 while the execute thread runs step i (a queue of two batches);
             False runs one step at a time. The tokens are the same.
         enforce_eager: True switches torch.compile and CUDA graphs off: a faster start, slower steps.
         enable_prefix_caching: True shares the KV blocks of equal prompt prefixes; emptied by every weight sync.
         seed: of the engine's own random streams, which the trainer's never touch.
+        simulate_step_ms: run no model: each step occupies a simulated accelerator for this many milliseconds, and the
+            tokens are made up. It measures the host's share of a step (benchmarks; vLLM's CPU build only).
         shutdown_timeout_s: how long `close` waits for the execute thread before it reports that it hangs.
 
     Raises:
@@ -52,6 +54,7 @@ class RolloutConfig:
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     seed: int = 0
+    simulate_step_ms: float | None = None
     shutdown_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
             )
-        for name in ("kv_cache_gib", "shutdown_timeout_s"):
+        for name in ("kv_cache_gib", "simulate_step_ms", "shutdown_timeout_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"rollout.{name} is {value}; it must be above 0")

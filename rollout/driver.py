@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout.throughput import PhaseTimeline
+from rollout.throughput import EXECUTE, PhaseTimeline
 
 STOP, LENGTH = 0, 1
 
@@ -34,6 +34,8 @@ class Collected:
 
     def __post_init__(self) -> None:
         self.done = np.zeros(len(self.lengths), bool)
+        self._request_ids: list[str] | None = None
+        self._rows = np.zeros(0, np.int64)
 
     @classmethod
     def empty(cls, num_sequences: int, max_tokens: int) -> "Collected":
@@ -49,22 +51,33 @@ class Collected:
         arrays = (self.token_ids, self.logprobs, self.lengths)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
-    def add(self, outputs: Sequence[Any]) -> None:
-        """Take in one step's outputs (vLLM's EngineCoreOutput, whose request ids are row numbers)."""
-        for output in outputs:
-            row = int(output.request_id)
-            start = self.lengths[row]
-            end = start + len(output.new_token_ids)
-            if end > start:
-                self.token_ids[row, start:end] = output.new_token_ids
-                self.logprobs[row, start:end] = output.new_logprobs.logprobs[:, 0]
-                self.lengths[row] = end
-            if output.finish_reason is not None:
-                reason = int(output.finish_reason)
-                if reason not in (STOP, LENGTH):
-                    raise RuntimeError(f"sequence {row} ended with {output.finish_reason!s}: its tokens are not usable")
-                self.finished[row] = reason == STOP
-                self.done[row] = True
+    def add(self, update: Any) -> None:
+        """Take in one step: a `rollout.backend.scheduler.StepUpdate`, whose request ids are row numbers.
+
+        Raises:
+            RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
+        """
+        for index, reason in update.finished:
+            if reason not in (STOP, LENGTH):
+                raise RuntimeError(
+                    f"sequence {update.request_ids[index]} ended for reason {reason} of vLLM's FinishReason: "
+                    "its tokens are not usable"
+                )
+        rows = self._rows_of(update.request_ids)
+        positions = self.lengths[rows]
+        self.token_ids[rows, positions] = update.token_ids
+        self.logprobs[rows, positions] = update.logprobs
+        self.lengths[rows] = positions + 1
+        for index, reason in update.finished:
+            self.finished[rows[index]] = reason == STOP
+            self.done[rows[index]] = True
+
+    def _rows_of(self, request_ids: list[str]) -> np.ndarray:
+        """(k,) int64. The list is the same object while the sequences are the same."""
+        if request_ids is not self._request_ids:
+            self._request_ids = request_ids
+            self._rows = np.array(request_ids, np.int64)
+        return self._rows
 
 
 @dataclass
@@ -77,33 +90,34 @@ class Phase:
     peak_kv_cache_usage: float = 0.0
 
 
-def drive(core: Any, requests: Sequence[Any], collected: Collected, phase: Phase) -> None:
+def drive(core: Any, requests: Sequence[Any], n: int, collected: Collected, phase: Phase) -> None:
     """Run all requests to their ends.
 
-    With a queue depth of 2, step i+1 is scheduled and queued while the execute thread runs step i, and only then is
-    the output of step i waited for. A sequence that ends in step i has by then been scheduled once too often; the
-    scheduler discards that token.
+    With a queue depth of 2, step i+1 is scheduled and queued while step i runs, and only then is the output of step i
+    waited for. A sequence that ends in step i has by then been scheduled once too often; the scheduler discards that
+    token.
 
     Args:
         core: `rollout.backend.core.Core`.
         requests: from `make_requests`; their ids are rows of `collected`.
+        n: samples a prompt, which stand together.
 
     Raises:
         RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
         Exception: whatever the execute thread raised, with its traceback.
     """
     scheduler, executor, timeline = core.scheduler, core.executor, phase.timeline
-    for request in requests:
-        scheduler.add_request(request)
     in_flight: deque[tuple[int, Any, Any]] = deque()
     step = 0
     start = perf_counter()
+    core.groups.admit(requests, n)
     executor.observer = timeline.launch_observer()
     try:
         while scheduler.has_requests() or in_flight:
             if scheduler.has_requests():
                 begin = perf_counter()
                 scheduled = scheduler.schedule()
+                core.groups.after_schedule()
                 live, tokens = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
                 timeline.record_schedule(step, begin, perf_counter(), live, tokens)
                 in_flight.append((step, scheduled, executor.submit_step(scheduled)))
@@ -115,10 +129,15 @@ def drive(core: Any, requests: Sequence[Any], collected: Collected, phase: Phase
             number, scheduled, future = in_flight.popleft()
             begin = perf_counter()
             output = future.result()
+            if in_flight and core.runs_ahead:
+                # The execute thread may still be launching the next step; two threads at work at once would hand the
+                # interpreter's lock to and fro, and both be late.
+                in_flight[-1][2].wait_launched()
             arrived = perf_counter()
-            for outputs in scheduler.update_from_output(scheduled, output).values():
-                collected.add(outputs.outputs)
             timeline.record_wait(number, begin, arrived)
+            if future.device_span is not None:
+                timeline.record(EXECUTE, number, *future.device_span)
+            collected.add(scheduler.take_output(scheduled, output))
             timeline.record_update(number, arrived, perf_counter())
     finally:
         executor.observer = None

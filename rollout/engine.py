@@ -180,7 +180,7 @@ class RolloutEngine:
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
         with preserved_trainer_state():
-            drive(self._core, requests, collected, self._phase)
+            drive(self._core, requests, sampling.n, collected, self._phase)
         self._metrics = phase_metrics(
             self._phase.timeline,
             seconds=self._phase.seconds,

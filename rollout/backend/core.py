@@ -10,16 +10,19 @@ import numpy as np
 import vllm.distributed.parallel_state as parallel_state
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
-from rollout.backend.executor import SYNCHRONOUS, TorchrunExecutor
+from rollout.backend.executor import TorchrunExecutor
+from rollout.backend.groups import GroupAdmission
+from rollout.backend.scheduler import SteadyAsyncScheduler, SteadyScheduler
 from rollout.config import RolloutConfig, SamplingConfig
 
 GIB = 1024**3
 # On the CPU vLLM would take a share of all memory; the trainer needs it. 1 GiB holds 45,000 tokens of a 135M model.
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
+# The least that vLLM's attention takes on the CPU, where its default is 128.
+DEFAULT_CPU_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,16 @@ class Core:
     """vLLM's engine core, reduced to the parts that the driver steps.
 
     Attributes:
+        groups: admits requests to the scheduler.
         queue_depth: batches under way at once: 2 when scheduling is asynchronous, else 1.
+        runs_ahead: True where a launched step returns before the device has run it.
     """
 
-    scheduler: Scheduler
+    scheduler: SteadyScheduler
+    groups: GroupAdmission
     executor: TorchrunExecutor
     queue_depth: int
+    runs_ahead: bool
     engine_core: EngineCore
 
     @property
@@ -74,14 +81,22 @@ def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_
     engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
     executor = engine_core.model_executor
     assert isinstance(executor, TorchrunExecutor)
-    return Core(engine_core.scheduler, executor, engine_core.batch_queue_size, engine_core)
+    scheduler = engine_core.scheduler
+    assert isinstance(scheduler, SteadyScheduler)
+    groups = GroupAdmission(scheduler)
+    return Core(scheduler, groups, executor, engine_core.batch_queue_size, executor.runs_ahead, engine_core)
 
 
 def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> EngineArgs:
     """vLLM's arguments for our configuration."""
-    kv_cache_gib = config.kv_cache_gib
-    if kv_cache_gib is None and not on_cuda:
-        kv_cache_gib = DEFAULT_CPU_KV_CACHE_GIB
+    kv_cache_gib, block_size = config.kv_cache_gib, config.block_size
+    if not on_cuda:
+        kv_cache_gib = kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB
+        block_size = block_size or DEFAULT_CPU_BLOCK_SIZE
+    # Ranks of tokens would take the whole vocabulary on every rank; nothing here asks for them.
+    additional_config: dict[str, bool | float] = {"async_scheduling": config.async_scheduling, "token_ranks": False}
+    if config.simulate_step_ms is not None:
+        additional_config["simulate_step_ms"] = config.simulate_step_ms
     return EngineArgs(
         model=model,
         tensor_parallel_size=tensor_parallel_size,
@@ -94,15 +109,18 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
         gpu_memory_utilization=config.gpu_memory_utilization,
-        block_size=config.block_size,
+        block_size=block_size,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         async_scheduling=config.async_scheduling,
+        scheduler_cls=SteadyAsyncScheduler if config.async_scheduling else SteadyScheduler,
+        worker_cls="auto" if config.simulate_step_ms is None else "rollout.backend.simulated.SimulatedWorker",
+        load_format="auto" if config.simulate_step_ms is None else "dummy",
         # The log-prob of the distribution that was sampled from, temperature included: what the trainer needs.
         logprobs_mode="processed_logprobs",
         skip_tokenizer_init=True,  # texts are ours: RolloutEngine.tokenizer
         use_tqdm_on_load=False,
-        additional_config={} if config.async_scheduling else SYNCHRONOUS,
+        additional_config=additional_config,
     )
 
 

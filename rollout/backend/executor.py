@@ -27,14 +27,10 @@ from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rollout.backend.execute_thread import ExecuteThread
-from rollout.backend.head import Float32Head, keep_float32_head
-from rollout.backend.sampler import CounterSampler
+from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
 from rollout.backend.worker import load_policy_weights, unlink_shared_memory
 from rollout.isolation import preserved_random_state, preserved_trainer_state
 from rollout.world import init_world
-
-# vLLM's CPU platform switches asynchronous scheduling off whatever was asked, so the wish travels in additional_config.
-SYNCHRONOUS = {"async_scheduling": False}
 
 StepObserver = Callable[[float, float], None]
 
@@ -42,15 +38,20 @@ StepObserver = Callable[[float, float], None]
 class StepFuture(Future):
     """A step's output. On CUDA the thread only launches: whoever asks for the result waits for its copy to the host."""
 
+    device_span: tuple[float, float] | None = None
+    """When the device began and ended the step, where that is known (`time.perf_counter` seconds)."""
     _on_host: ModelRunnerOutput | None = None
 
     def result(self, timeout: float | None = None) -> Any:
         output = super().result(timeout)
-        if not isinstance(output, AsyncModelRunnerOutput):
-            return output
         if self._on_host is None:
-            self._on_host = output.get_output()
+            self._on_host = output.get_output() if isinstance(output, AsyncModelRunnerOutput) else output
+            self.device_span = getattr(output, "device_span", None)
         return self._on_host
+
+    def wait_launched(self) -> None:
+        """Wait until the execute thread is done with the step; where it runs ahead of the device, that is early."""
+        super().result()
 
 
 class HeldStep(Future):
@@ -95,8 +96,8 @@ class TorchrunExecutor(Executor):
         # Some thirty places in vLLM look for this string; a class in its place would skip them all.
         self.parallel_config.distributed_executor_backend = "external_launcher"
         self._held: HeldStep | None = None
-        self._sampler: CounterSampler | None = None
-        self._head: Float32Head | None = None
+        self._request_seeds: RequestSeeds | None = None
+        self._sharded_sampler: ShardedSampler | None = None
         self._seeds = np.random.default_rng(self.model_config.seed)
         with preserved_trainer_state():
             world = init_world()
@@ -131,13 +132,16 @@ class TorchrunExecutor(Executor):
 
     def compile_or_warm_up_model(self) -> None:
         super().compile_or_warm_up_model()
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and not self.simulated:
             self.thread.run(self._adapt_cpu_runner)
 
     def _adapt_cpu_runner(self) -> None:
         runner = self.driver_worker.model_runner
-        self._sampler = CounterSampler(runner)
-        self._head = keep_float32_head(runner.get_model())
+        self._request_seeds = RequestSeeds(runner)
+        GatheredSampler(runner, self._request_seeds)
+        token_ranks = self.vllm_config.additional_config.get("token_ranks", True)
+        compiled = not self.model_config.enforce_eager
+        self._sharded_sampler = shard_sampling(runner, self._request_seeds, token_ranks, compiled)
 
     def load_policy_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Replace the worker's weights on the execute thread, behind whatever is queued there; returns bytes read.
@@ -155,13 +159,22 @@ class TorchrunExecutor(Executor):
                 torch.cuda.current_stream().wait_event(written)
             with preserved_random_state():
                 num_bytes = load_policy_weights(self.driver_worker, weights)
-            if self._head is not None:
-                self._head.refresh()
             if on_cuda:
                 torch.cuda.current_stream().synchronize()  # and the policy's next update must not overtake the copy
             return num_bytes
 
         return self.thread.run(load)
+
+    @property
+    def simulated(self) -> bool:
+        """True on the simulated accelerator, whose runner samples nothing."""
+        return "simulate_step_ms" in self.vllm_config.additional_config
+
+    @property
+    def runs_ahead(self) -> bool:
+        """True where a launched step returns before the device has run it."""
+        asynchronous = bool(self.scheduler_config.async_scheduling)
+        return asynchronous and (self.simulated or not current_platform.is_cpu())
 
     def determine_available_memory(self) -> list[int]:
         """KV-cache bytes every rank can give: the least of all ranks, so that their schedulers agree."""
@@ -252,8 +265,12 @@ class TorchrunExecutor(Executor):
         return output
 
     def _execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        if self._sampler is not None:
-            self._sampler.admit(scheduler_output)
+        if self._request_seeds is not None and (
+            scheduler_output.scheduled_new_reqs or scheduler_output.finished_req_ids
+        ):
+            if self._sharded_sampler is not None:
+                self._sharded_sampler.admit(scheduler_output)
+            self._request_seeds.admit(scheduler_output)
         return self.driver_worker.execute_model(scheduler_output)
 
     def _seed_new_requests(self, scheduler_output: SchedulerOutput) -> None:

@@ -1,59 +1,47 @@
-"""Counter-based sampling on the CPU: a token depends on its request's seed and its position, on nothing else.
+"""Sampling on the CPU: from shards of the vocabulary where the request allows it, counter-based in any case.
 
-vLLM's CPU sampler draws a seed a row from torch's global generator in every step, which is the trainer's. Its
-generators of single requests advance with every step that touches the request, chunks of a prompt included (and there
-it raises, since CPU generators have no offset to set back). Here a row's randomness is a pure function of (seed,
-position): the same noise whatever the batch, the schedule, a preemption or the rank, and no generator is read or
-moved.
+vLLM's CPU sampler gathers the whole vocabulary on every rank, samples it whole, makes a second pass for the log-prob,
+and draws a seed a row from torch's global generator in every step, which is the trainer's. Its generators of single
+requests advance with every step that touches the request, chunks of a prompt included (and there it raises, since CPU
+generators have no offset to set back).
+
+Here a row's randomness is a pure function of (seed, position), and no generator is read or moved. The plain setting of
+reinforcement learning, temperature and the sampled token's log-prob, is sampled where the logits are, in shards
+(rollout/sampling.py). What needs the whole row (top-k, top-p, min-p, penalties, grammars, the log-probs of other
+tokens) takes vLLM's own path over the gathered logits, with counter-based noise.
 """
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
+from vllm import SamplingParams
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-# Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators (OOPSLA 2014), the mix of SplitMix64.
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-MIX_2 = np.uint64(0x94D049BB133111EB)
+from rollout.backend.head import logits_of
+from rollout.sampling import BLOCK, Logits, Shard, block_log_masses, candidates, in_tiles, settle, step_seeds
 
 
-def step_seeds(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One seed a row for one step: SplitMix64 of the request's seed, `positions` draws on.
+class RequestSeeds:
+    """The random streams of the requests in a model runner's batch.
 
     Args:
-        seeds: (rows,) uint64, of the requests.
-        positions: (rows,) of the token to be sampled, in its sequence.
-
-    Returns:
-        (rows,) int64, at least 0.
-
-    >>> step_seeds(np.array([1, 1, 2], np.uint64), np.array([5, 6, 5])).tolist()
-    [7036458801432265024, 8092113344071933522, 3197026156266379609]
-    """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        state = seeds + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN_GAMMA
-        state = (state ^ (state >> np.uint64(30))) * MIX_1
-        state = (state ^ (state >> np.uint64(27))) * MIX_2
-    return ((state ^ (state >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
-
-
-class CounterSampler:
-    """Takes the place of vLLM's top-k, top-p and random sampling step in a CPU model runner.
-
-    Used on the execute thread alone.
-
-    Args:
-        runner: vLLM's CPUModelRunner, warmed up.
+        runner: vLLM's CPUModelRunner.
     """
 
     def __init__(self, runner: Any) -> None:
         self._batch = runner.input_batch
         self._seeds: dict[str, int] = {}
-        runner.sampler.topk_topp_sampler.forward = self.sample
+        self._rows: list[str] = []
+        self._seeds_of_rows = np.zeros(0, np.uint64)
 
     def admit(self, scheduler_output: SchedulerOutput) -> None:
         """Take the new requests' seeds over, so that the runner makes no generators, and forget the finished ones'."""
@@ -64,6 +52,29 @@ class CounterSampler:
                 self._seeds[request.req_id] = request.sampling_params.seed
                 request.sampling_params = copy(request.sampling_params)
                 request.sampling_params.seed = None
+        self._rows = []  # an id may have come back with another seed
+
+    def of_step(self, num_rows: int) -> np.ndarray:
+        """(rows,) int64: a seed for each row's next token."""
+        batch = self._batch
+        assert num_rows == batch.num_reqs, (num_rows, batch.num_reqs)
+        if self._rows != batch.req_ids:
+            self._rows = list(batch.req_ids)
+            self._seeds_of_rows = np.array([self._seeds[request_id] for request_id in self._rows], np.uint64)
+        return step_seeds(self._seeds_of_rows, batch.num_tokens_no_spec[:num_rows])
+
+
+class GatheredSampler:
+    """Takes the place of vLLM's top-k, top-p and random sampling step, over the whole vocabulary.
+
+    Args:
+        runner: vLLM's CPUModelRunner, warmed up.
+        seeds: of its requests.
+    """
+
+    def __init__(self, runner: Any, seeds: RequestSeeds) -> None:
+        self._seeds = seeds
+        runner.sampler.topk_topp_sampler.forward = self.sample
 
     def sample(
         self,
@@ -86,11 +97,134 @@ class CounterSampler:
         assert not generators
         logits = apply_top_k_top_p(logits, k, p)
         logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
-        tokens = torch.ops._C.fused_gumbel_argmax(logits.float(), torch.from_numpy(self._row_seeds(len(logits))))
-        return tokens, logprobs
+        seeds = torch.from_numpy(self._seeds.of_step(len(logits)))
+        return torch.ops._C.fused_gumbel_argmax(logits.float(), seeds), logprobs
 
-    def _row_seeds(self, num_rows: int) -> np.ndarray:
-        batch = self._batch
-        assert num_rows == batch.num_reqs, (num_rows, batch.num_reqs)
-        seeds = np.array([self._seeds[request_id] for request_id in batch.req_ids], np.uint64)
-        return step_seeds(seeds, batch.num_tokens_no_spec[:num_rows])
+
+class ShardedSampler:
+    """Takes the place of the gathering of logits and of the sampler, for batches in which every request is plain.
+
+    Made by `shard_sampling`; used on the execute thread alone.
+
+    Args:
+        runner: vLLM's CPUModelRunner, warmed up.
+        seeds: of its requests.
+        token_ranks: True if log-probs must come with the token's rank in the vocabulary, which takes the whole row.
+        compiled: True to sum the blocks in a kernel compiled by torch.
+    """
+
+    def __init__(self, runner: Any, seeds: RequestSeeds, token_ranks: bool, compiled: bool) -> None:
+        model = runner.get_model()
+        self._batch, self._seeds = runner.input_batch, seeds
+        self._processor, self._gathered = model.logits_processor, runner.sampler
+        self._gather = self._processor._gather_logits
+        self._ranks = get_tensor_model_parallel_world_size()
+        indices = model.lm_head.shard_indices
+        self._shard = Shard(indices.org_vocab_start_index, indices.num_org_elements)
+        self._token_ranks = token_ranks
+        self._special: set[str] = set()
+        self._logits: Logits | None = None
+        self._masses_of: Callable[..., torch.Tensor] = in_tiles
+        if compiled:
+            self._masses_of = torch.compile(block_log_masses, dynamic=True)
+            self._compile(model.lm_head.weight)
+        self._processor._get_logits = self.get_logits
+        runner.sampler = self.sample
+
+    def admit(self, scheduler_output: SchedulerOutput) -> None:
+        """Note which of the requests need the whole row."""
+        self._special.difference_update(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            if params is None or not is_plain(params) or (self._token_ranks and params.logprobs is not None):
+                self._special.add(request.req_id)
+
+    def get_logits(
+        self,
+        hidden_states: torch.Tensor,
+        lm_head: torch.nn.Module,
+        embedding_bias: torch.Tensor | None,
+        skip_gather: bool = False,
+    ) -> torch.Tensor:
+        """Stands in for LogitsProcessor._get_logits: the shard's logits if all requests are plain, else the gathered.
+
+        Returns:
+            (rows, shard) of the model's dtype, which only `sample` can read; or (rows, vocabulary) float32.
+        """
+        assert isinstance(lm_head.weight, torch.Tensor)
+        logits = logits_of(hidden_states, lm_head.weight, self._processor.head_dtype)
+        if not self._special and embedding_bias is None and not skip_gather:
+            self._logits = logits
+            return logits.high
+        self._logits = None
+        full = logits.float()
+        if embedding_bias is not None:
+            full += embedding_bias.float()
+        if skip_gather:
+            return full
+        if self._ranks > 1:
+            full = self._gather(full)
+        return full[..., : self._processor.org_vocab_size]
+
+    def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
+        """Stands in for vLLM's Sampler: one token a row, and its log-prob."""
+        shard, self._logits = self._logits, None
+        if shard is None:
+            return self._gathered(logits=logits, sampling_metadata=sampling_metadata)
+        rows = len(logits)
+        temperature = sampling_metadata.temperature
+        if temperature is None or sampling_metadata.all_greedy:
+            temperature = torch.zeros(rows)
+        ours = candidates(shard, self._shard, temperature[:rows], self._seeds.of_step(rows), self._masses_of)
+        if self._ranks > 1:
+            ours = tensor_model_parallel_all_gather(ours, dim=0)
+        tokens, logprobs = settle(ours.view(self._ranks, rows, 4))
+        ids = tokens.int().unsqueeze(-1)
+        of_sampled = LogprobsTensors(ids, logprobs.unsqueeze(-1), torch.zeros(rows, dtype=torch.int32))
+        return SamplerOutput(ids, None if sampling_metadata.max_num_logprobs is None else of_sampled)
+
+    def _compile(self, weight: torch.Tensor) -> None:
+        """Compile now, not within the first phase."""
+        width = -(-self._shard.size // BLOCK) * BLOCK
+        for rows in (2, 3):
+            high = torch.zeros(rows, width, dtype=weight.dtype)
+            split = self._processor.head_dtype == torch.float32 and weight.dtype != torch.float32
+            self._masses_of(high, high.clone() if split else None, torch.ones(rows))
+
+
+def shard_sampling(runner: Any, seeds: RequestSeeds, token_ranks: bool, compiled: bool) -> ShardedSampler | None:
+    """A ShardedSampler for the runner, or None for a model whose head is not the plain product that it can replace."""
+    model = runner.get_model()
+    processor, lm_head = getattr(model, "logits_processor", None), getattr(model, "lm_head", None)
+    if not isinstance(processor, LogitsProcessor) or processor.soft_cap is not None or processor.scale != 1.0:
+        return None
+    if lm_head is None or not isinstance(getattr(lm_head, "quant_method", None), UnquantizedEmbeddingMethod):
+        return None
+    if lm_head.shard_indices.num_added_elements or runner.lora_config or runner.speculative_config:
+        return None
+    if processor.logits_as_input or runner.model_config.logits_processors or lm_head.weight.is_cuda:
+        return None
+    return ShardedSampler(runner, seeds, token_ranks, compiled)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """True if temperature is all that shapes the distribution, and at most the sampled token's log-prob is wanted."""
+    unshaped = (
+        params.top_k in (0, -1)
+        and params.top_p == 1.0
+        and params.min_p == params.presence_penalty == params.frequency_penalty == 0.0
+        and params.repetition_penalty == 1.0
+        and params.min_tokens == 0
+    )
+    constraints = (
+        params.logit_bias,
+        params.bad_words,
+        params.allowed_token_ids,
+        params.structured_outputs,
+        params.thinking_token_budget,
+        params.watermarking,
+        params.trace_decode_token_ids,
+        params.extra_args,
+    )
+    more_logprobs = (params.logprobs, params.prompt_logprobs, params.prompt_logprob_token_ids, params.logprob_token_ids)
+    return unshaped and not any(constraints) and not any(more_logprobs) and params.prompt_logprobs is None

@@ -43,9 +43,9 @@ def trainer_state() -> dict:
     }
 
 
-def prompts(rank: int, count: int) -> list[list[int]]:
-    """Of 2 to 40 tokens, others on each rank."""
-    rng = np.random.default_rng(rank)
+def prompts(rank: int, count: int, n: int = 1) -> list[list[int]]:
+    """Of 2 to 40 tokens, others on each rank, and others for groups of n: none is in the prefix cache already."""
+    rng = np.random.default_rng((rank, n))
     return [rng.integers(10, 400, size=rng.integers(2, 41)).tolist() for _ in range(count)]
 
 
@@ -55,7 +55,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
     result: dict = {"describe": engine.describe(), "phases": {}}
     share = NUM_SEQUENCES // engine.world.size
     for name, sampling in samplings.items():
-        batch = engine.generate(prompts(engine.world.rank, share // sampling.n), sampling)
+        batch = engine.generate(prompts(engine.world.rank, share // sampling.n, sampling.n), sampling)
         collected = engine._collected
         result["phases"][name] = {
             "group": engine.digest(),
@@ -65,6 +65,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
             "tokens": int(batch.response_lengths.sum()),
             "distinct_in_first_group": len({tuple(batch[row].response_ids.tolist()) for row in range(sampling.n)}),
             "overlap": overlap_fraction(engine.timeline),
+            "computed_tokens": int(engine.timeline.scheduled_tokens.sum()),
             "metrics": engine.metrics,
         }
     engine.close()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.generate_worker import SAMPLINGS, prompts
 from tests.launch import launch
 
 WORKER = Path(__file__).with_name("generate_worker.py")
@@ -58,10 +59,24 @@ def test_samples_of_one_prompt_differ(ranks: list[dict]) -> None:
     assert ranks[0]["asynchronous"]["phases"]["groups"]["distinct_in_first_group"] == 4
 
 
+def test_a_prompt_is_prefilled_once_for_all_its_samples(ranks: list[dict]) -> None:
+    """Of 2 to 40 tokens: shorter than a block of 32, too."""
+    n, max_tokens = SAMPLINGS["groups"].n, SAMPLINGS["groups"].max_tokens
+    everyones = [prompt for rank in range(2) for prompt in prompts(rank, 256 // n, n)]
+    prefill = sum(len(prompt) + n - 1 for prompt in everyones)  # the others compute the last token alone
+    decode = len(everyones) * n * (max_tokens - 1)
+    for rank in ranks:
+        for scenario in SCENARIOS[:2]:
+            assert rank[scenario]["phases"]["groups"]["computed_tokens"] == prefill + decode
+
+
 def test_scheduling_is_really_asynchronous(ranks: list[dict]) -> None:
     asynchronous, synchronous = ranks[0]["asynchronous"], ranks[0]["synchronous"]
-    assert (asynchronous["describe"]["scheduler"], asynchronous["describe"]["queue_depth"]) == ("AsyncScheduler", 2)
-    assert (synchronous["describe"]["scheduler"], synchronous["describe"]["queue_depth"]) == ("Scheduler", 1)
+    assert (asynchronous["describe"]["scheduler"], asynchronous["describe"]["queue_depth"]) == (
+        "SteadyAsyncScheduler",
+        2,
+    )
+    assert (synchronous["describe"]["scheduler"], synchronous["describe"]["queue_depth"]) == ("SteadyScheduler", 1)
     # The main thread's work falls into another step's run: nearly all of it, and in the synchronous run none.
     assert asynchronous["phases"]["sampled"]["overlap"] > 0.7
     assert synchronous["phases"]["sampled"]["overlap"] == 0.0

@@ -53,6 +53,12 @@ def test_logprobs_are_of_the_distribution_sampled_from(synced: tuple[float, list
         assert rank["tempered_as_plain"][0] > 3 * limit
 
 
+def test_samples_that_share_a_prefill_get_the_policys_logprobs(synced: tuple[float, list[dict]]) -> None:
+    limit, ranks = synced
+    for rank in ranks:
+        assert rank["grouped"][0] < limit
+
+
 def test_versions(synced: tuple[float, list[dict]]) -> None:
     for rank in synced[1]:
         assert rank["versions"] == [-1, 7]

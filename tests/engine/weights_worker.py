@@ -66,6 +66,11 @@ def main() -> None:
     results["versions"].append(batch.version)
     results["synced"] = gap(policy, batch)
     results["num_bytes"] = report.num_bytes
+    # Samples of one prompt share its prefill: a copied block that is wrong shows in their log-probs. Prompts that end
+    # within the first block, with it, right behind it and in the second.
+    lengths = (1, 2, 31, 32, 33, 34, 45, 64, 65)
+    grouped = [rng.integers(10, 400, size=length).tolist() for length in lengths]
+    results["grouped"] = gap(policy, engine.generate(grouped, SamplingConfig(max_tokens=6, n=5, ignore_eos=True)))
     # Tempered sampling: the engine's log-probs are those of the distribution that it drew from.
     tempered = engine.generate(prompts, SamplingConfig(max_tokens=8, temperature=0.5, ignore_eos=True))
     results["tempered_as_plain"] = gap(policy, tempered)
