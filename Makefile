@@ -33,7 +33,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup model ppo test lint types lock clean
+.PHONY: help setup model ppo bench test lint types lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ model: $(MODEL) ## the default model, its heads padded for two ranks
 
 ppo: $(READY) $(MODEL) ## train the default model with PPO
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) scripts/ppo.py $(CONFIG) $(ARGS)
+
+bench: $(READY) $(MODEL) ## rollout throughput, stock vLLM and ours in turns (ARGS="--simulate-step-ms 12" without a GPU)
+	$(BIN)/python scripts/bench_rollout.py $(ARGS)
 
 test: $(READY) $(MODEL) ## every test, the quick ones first
 	$(BIN)/python -m pytest $(ARGS)

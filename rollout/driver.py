@@ -129,10 +129,10 @@ def drive(core: Any, requests: Sequence[Any], n: int, collected: Collected, phas
             number, scheduled, future = in_flight.popleft()
             begin = perf_counter()
             output = future.result()
-            if in_flight and core.runs_ahead:
-                # The execute thread may still be launching the next step; two threads at work at once would hand the
+            if in_flight:
+                # The execute thread may still be preparing the next step; two threads at work at once would hand the
                 # interpreter's lock to and fro, and both be late.
-                in_flight[-1][2].wait_launched()
+                in_flight[-1][2].launched.wait()
             arrived = perf_counter()
             timeline.record_wait(number, begin, arrived)
             if future.device_span is not None:

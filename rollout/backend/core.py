@@ -21,8 +21,6 @@ from rollout.config import RolloutConfig, SamplingConfig
 GIB = 1024**3
 # On the CPU vLLM would take a share of all memory; the trainer needs it. 1 GiB holds 45,000 tokens of a 135M model.
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
-# The least that vLLM's attention takes on the CPU, where its default is 128.
-DEFAULT_CPU_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,12 @@ class Core:
     Attributes:
         groups: admits requests to the scheduler.
         queue_depth: batches under way at once: 2 when scheduling is asynchronous, else 1.
-        runs_ahead: True where a launched step returns before the device has run it.
     """
 
     scheduler: SteadyScheduler
     groups: GroupAdmission
     executor: TorchrunExecutor
     queue_depth: int
-    runs_ahead: bool
     engine_core: EngineCore
 
     @property
@@ -84,15 +80,14 @@ def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_
     scheduler = engine_core.scheduler
     assert isinstance(scheduler, SteadyScheduler)
     groups = GroupAdmission(scheduler)
-    return Core(scheduler, groups, executor, engine_core.batch_queue_size, executor.runs_ahead, engine_core)
+    return Core(scheduler, groups, executor, engine_core.batch_queue_size, engine_core)
 
 
 def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> EngineArgs:
     """vLLM's arguments for our configuration."""
-    kv_cache_gib, block_size = config.kv_cache_gib, config.block_size
-    if not on_cuda:
-        kv_cache_gib = kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB
-        block_size = block_size or DEFAULT_CPU_BLOCK_SIZE
+    kv_cache_gib = config.kv_cache_gib
+    if kv_cache_gib is None and not on_cuda:
+        kv_cache_gib = DEFAULT_CPU_KV_CACHE_GIB
     # Ranks of tokens would take the whole vocabulary on every rank; nothing here asks for them.
     additional_config: dict[str, bool | float] = {"async_scheduling": config.async_scheduling, "token_ranks": False}
     if config.simulate_step_ms is not None:
@@ -109,7 +104,7 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
         gpu_memory_utilization=config.gpu_memory_utilization,
-        block_size=block_size,
+        block_size=config.block_size,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         async_scheduling=config.async_scheduling,

@@ -6,6 +6,7 @@ while step i runs.
 """
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -36,11 +37,21 @@ StepObserver = Callable[[float, float], None]
 
 
 class StepFuture(Future):
-    """A step's output. On CUDA the thread only launches: whoever asks for the result waits for its copy to the host."""
+    """A step's output. On CUDA the thread only launches: whoever asks for the result waits for its copy to the host.
+
+    Attributes:
+        launched: set when the inputs are prepared and the device is at work: on CUDA when the launch has returned, on
+            the CPU when the forward begins; at the latest when the step has ended or failed.
+    """
 
     device_span: tuple[float, float] | None = None
     """When the device began and ended the step, where that is known (`time.perf_counter` seconds)."""
     _on_host: ModelRunnerOutput | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched = threading.Event()
+        self.add_done_callback(lambda _: self.launched.set())
 
     def result(self, timeout: float | None = None) -> Any:
         output = super().result(timeout)
@@ -48,10 +59,6 @@ class StepFuture(Future):
             self._on_host = output.get_output() if isinstance(output, AsyncModelRunnerOutput) else output
             self.device_span = getattr(output, "device_span", None)
         return self._on_host
-
-    def wait_launched(self) -> None:
-        """Wait until the execute thread is done with the step; where it runs ahead of the device, that is early."""
-        super().result()
 
 
 class HeldStep(Future):
@@ -96,6 +103,7 @@ class TorchrunExecutor(Executor):
         # Some thirty places in vLLM look for this string; a class in its place would skip them all.
         self.parallel_config.distributed_executor_backend = "external_launcher"
         self._held: HeldStep | None = None
+        self._running = StepFuture()
         self._request_seeds: RequestSeeds | None = None
         self._sharded_sampler: ShardedSampler | None = None
         self._seeds = np.random.default_rng(self.model_config.seed)
@@ -137,6 +145,13 @@ class TorchrunExecutor(Executor):
 
     def _adapt_cpu_runner(self) -> None:
         runner = self.driver_worker.model_runner
+        forward = runner._model_forward
+
+        def announced_forward(*args: Any, **kwargs: Any) -> Any:
+            self._running.launched.set()
+            return forward(*args, **kwargs)
+
+        runner._model_forward = announced_forward
         self._request_seeds = RequestSeeds(runner)
         GatheredSampler(runner, self._request_seeds)
         token_ranks = self.vllm_config.additional_config.get("token_ranks", True)
@@ -170,12 +185,6 @@ class TorchrunExecutor(Executor):
         """True on the simulated accelerator, whose runner samples nothing."""
         return "simulate_step_ms" in self.vllm_config.additional_config
 
-    @property
-    def runs_ahead(self) -> bool:
-        """True where a launched step returns before the device has run it."""
-        asynchronous = bool(self.scheduler_config.async_scheduling)
-        return asynchronous and (self.simulated or not current_platform.is_cpu())
-
     def determine_available_memory(self) -> list[int]:
         """KV-cache bytes every rank can give: the least of all ranks, so that their schedulers agree."""
         memory = torch.tensor(super().determine_available_memory(), dtype=torch.int64)
@@ -202,7 +211,7 @@ class TorchrunExecutor(Executor):
         """Queue one step, execution and sampling in one job; returns at once."""
         self._seed_new_requests(scheduler_output)
         future = StepFuture()
-        self.thread.submit(self._step, scheduler_output, grammar_output, future=future, fatal=True)
+        self.thread.submit(self._step, future, scheduler_output, grammar_output, future=future, fatal=True)
         return future
 
     def execute_model(
@@ -254,8 +263,9 @@ class TorchrunExecutor(Executor):
         return True
 
     def _step(
-        self, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None
+        self, future: StepFuture, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        self._running = future
         start = time.perf_counter()
         output = self._execute(scheduler_output)
         if output is None:

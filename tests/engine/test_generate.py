@@ -60,7 +60,7 @@ def test_samples_of_one_prompt_differ(ranks: list[dict]) -> None:
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_samples(ranks: list[dict]) -> None:
-    """Of 2 to 40 tokens: shorter than a block of 32, too."""
+    """Of 2 to 40 tokens, each shorter than a block of 128."""
     n, max_tokens = SAMPLINGS["groups"].n, SAMPLINGS["groups"].max_tokens
     everyones = [prompt for rank in range(2) for prompt in prompts(rank, 256 // n, n)]
     prefill = sum(len(prompt) + n - 1 for prompt in everyones)  # the others compute the last token alone

@@ -53,7 +53,8 @@ def main() -> None:
     model, out, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     gap = partial(logprob_gap, dtype=getattr(torch, dtype))
     rank = int(os.environ.get("RANK", "0"))
-    engine = RolloutEngine(model, RolloutConfig(dtype=dtype, max_model_len=128, kv_cache_gib=0.25, enforce_eager=True))
+    config = RolloutConfig(dtype=dtype, max_model_len=128, kv_cache_gib=0.25, block_size=32, enforce_eager=True)
+    engine = RolloutEngine(model, config)
     policy = changed(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), seed=1)
     rng = np.random.default_rng(rank)
     prompts = [rng.integers(10, 400, size=12).tolist() for _ in range(16)]

@@ -29,8 +29,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_what_runs(found: dict) -> None:
     asynchronous, synchronous = found["asynchronous"]["describe"], found["synchronous"]["describe"]
-    assert (asynchronous["scheduler"], asynchronous["queue_depth"]) == ("AsyncScheduler", 2)
-    assert (synchronous["scheduler"], synchronous["queue_depth"]) == ("Scheduler", 1)
+    assert (asynchronous["scheduler"], asynchronous["queue_depth"]) == ("SteadyAsyncScheduler", 2)
+    assert (synchronous["scheduler"], synchronous["queue_depth"]) == ("SteadyScheduler", 1)
     assert {found[way]["describe"]["executor"] for way in WAYS} == {"TorchrunExecutor"}
 
 
