@@ -27,6 +27,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from rollout.backend.attention import replace_attention
 from rollout.backend.execute_thread import ExecuteThread
 from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
 from rollout.backend.worker import load_policy_weights, unlink_shared_memory
@@ -152,6 +153,7 @@ class TorchrunExecutor(Executor):
             return forward(*args, **kwargs)
 
         runner._model_forward = announced_forward
+        replace_attention(runner.get_model())
         self._request_seeds = RequestSeeds(runner)
         GatheredSampler(runner, self._request_seeds)
         token_ranks = self.vllm_config.additional_config.get("token_ranks", True)
