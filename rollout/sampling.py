@@ -15,7 +15,8 @@ sums).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,34 +33,85 @@ OUTSIDE = -1e30
 """The logit of a padding entry: no mass, and unlike minus infinity without a difference that is not a number."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A rank's part of the vocabulary.
+class ShardLogits(Protocol):
+    """What sampling asks of a shard's logits, cut into blocks; the last one is filled up with logits of OUTSIDE."""
 
-    Attributes:
-        start: its first token.
-        size: its tokens; entries behind them are padding.
-    """
+    def log_masses(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log of the summed exp(scale * logit) of each block, and the largest scale * logit in it.
 
-    start: int
-    size: int
+        Args:
+            scale: (rows,) float32, 1 / temperature.
+
+        Returns:
+            Twice (rows, blocks) float32.
+        """
+        ...
+
+    def of_blocks(self, block: torch.Tensor) -> torch.Tensor:
+        """(rows, BLOCK) float32: each row's logits in its own block; `block` (rows,) int64."""
+        ...
+
+
+def block_log_masses(high: torch.Tensor, low: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """`ShardLogits.log_masses` of high + low, (rows, blocks * BLOCK), as one tensor (2, rows, blocks)."""
+    logits = high.float() if low is None else high.float() + low.float()
+    blocks = (logits * scale[:, None]).view(len(high), -1, BLOCK)
+    peaks = blocks.amax(-1)
+    masses = (blocks - peaks[..., None]).exp().sum(-1).log() + peaks
+    return torch.stack([masses, peaks])
+
+
+def in_tiles(high: torch.Tensor, low: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """`block_log_masses`, a few rows at a time: what is not compiled should at least stay in the cache."""
+    rows = max(1, 2**18 // high.shape[1])  # 1 MiB of float32
+    parts = [
+        block_log_masses(high[i : i + rows], None if low is None else low[i : i + rows], scale[i : i + rows])
+        for i in range(0, len(high), rows)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
 class Logits:
-    """A shard's logits: high + low, or high alone.
+    """A shard's logits in memory: high + low, or high alone.
 
     Attributes:
-        high: (rows, shard) of any floating dtype.
+        high: (rows, shard) of any floating dtype; entries behind `size` are padding, whatever they hold.
         low: the same shape and dtype, what rounding took from `high`; None where nothing did.
+        size: the shard's tokens; None if there is no padding.
+        masses_of: `block_log_masses`, tiled or compiled.
     """
 
     high: torch.Tensor
     low: torch.Tensor | None = None
+    size: int | None = None
+    masses_of: Callable[..., torch.Tensor] = field(default=in_tiles, repr=False)
 
     def float(self) -> torch.Tensor:
         """(rows, shard) float32."""
         return self.high.float() if self.low is None else self.high.float() + self.low.float()
+
+    def log_masses(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        high, low = self._whole_blocks()
+        masses, peaks = self.masses_of(high, low, scale)
+        return masses, peaks
+
+    def of_blocks(self, block: torch.Tensor) -> torch.Tensor:
+        high, low = self._whole_blocks()
+        row = torch.arange(len(high))
+        logits = high.view(len(high), -1, BLOCK)[row, block].float()
+        return logits if low is None else logits + low.view(len(high), -1, BLOCK)[row, block].float()
+
+    def _whole_blocks(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cut the padding off behind `size`, and fill the last block up with entries of no mass."""
+        width = self.high.shape[1]
+        size = width if self.size is None else self.size
+        if width == size and width % BLOCK == 0:
+            return self.high, self.low
+        padding = (0, -size % BLOCK)
+        high = torch.nn.functional.pad(self.high[:, :size], padding, value=OUTSIDE)
+        low = None if self.low is None else torch.nn.functional.pad(self.low[:, :size], padding)
+        return high, low
 
 
 def splitmix64(state: np.ndarray) -> np.ndarray:
@@ -103,78 +155,41 @@ def uniforms(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
     return ((splitmix64(states) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def block_log_masses(high: torch.Tensor, low: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
-    """Log of the summed exp(scale * logit) of each block, and the largest logit in it.
-
-    Args:
-        high: (rows, blocks * BLOCK), with `low` as in Logits.
-        scale: (rows,) float32, 1 / temperature.
-
-    Returns:
-        (2, rows, blocks) float32: log-masses, then scaled peaks.
-    """
-    logits = high.float() if low is None else high.float() + low.float()
-    blocks = (logits * scale[:, None]).view(len(high), -1, BLOCK)
-    peaks = blocks.amax(-1)
-    masses = (blocks - peaks[..., None]).exp().sum(-1).log() + peaks
-    return torch.stack([masses, peaks])
-
-
-def in_tiles(high: torch.Tensor, low: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
-    """`block_log_masses`, a few rows at a time: what is not compiled should at least stay in the cache."""
-    rows = max(1, 2**18 // high.shape[1])  # 1 MiB of float32
-    parts = [
-        block_log_masses(high[i : i + rows], None if low is None else low[i : i + rows], scale[i : i + rows])
-        for i in range(0, len(high), rows)
-    ]
-    return torch.cat(parts, dim=1)
-
-
-def candidates(
-    logits: Logits,
-    shard: Shard,
-    temperature: torch.Tensor,
-    seeds: np.ndarray,
-    masses_of: Callable[..., torch.Tensor] = in_tiles,
-) -> torch.Tensor:
+def candidates(logits: ShardLogits, start: int, temperature: torch.Tensor, seeds: np.ndarray) -> torch.Tensor:
     """Draw one token a row from this rank's shard.
 
     Args:
-        logits: of the shard; entries behind `shard.size` are padding, whatever they hold.
-        shard: where it stands in the vocabulary.
+        logits: of the shard.
+        start: the shard's first token.
         temperature: (rows,) float32; 0 takes the likeliest token, and log-probs at temperature 1.
         seeds: (rows,) int64, from `step_seeds`.
-        masses_of: `block_log_masses`, tiled or compiled.
 
     Returns:
         (rows, 4) float32: score, scaled logit of the token, log-sum-exp of the shard, token id. Ids are exact up to
         2**24.
     """
-    logits = _whole_blocks(logits, shard.size)
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, 1.0 / temperature)
-    masses, peaks = masses_of(logits.high, logits.low, scale)
+    masses, peaks = logits.log_masses(scale)
     rows, num_blocks = masses.shape
     # Where every shard begins at a block, these are the numbers of the blocks in the vocabulary.
-    numbers = -(-shard.start // BLOCK) + np.arange(num_blocks)
+    numbers = -(-start // BLOCK) + np.arange(num_blocks)
     gumbel = torch.from_numpy(-np.log(-np.log(uniforms(seeds, numbers))))
     scores = torch.where(greedy[:, None], peaks.double(), masses.double() + gumbel)
     score, block = scores.max(-1)
 
     row = torch.arange(rows)
-    inside_low = None if logits.low is None else _blocks(logits.low)[row, block]
-    inside = Logits(_blocks(logits.high)[row, block], inside_low)
-    inside_logits = inside.float() * scale[:, None]
+    inside = logits.of_blocks(block) * scale[:, None]
     # Draws of their own: the block's numbers moved out of the way of all block numbers.
     draws = uniforms(seeds, (numbers[block.numpy()] + 2**32)[:, None])
-    cumulative = (inside_logits - peaks[row, block][:, None]).double().exp().cumsum(-1)
+    cumulative = (inside - peaks[row, block][:, None]).double().exp().cumsum(-1)
     drawn = (cumulative > torch.from_numpy(draws) * cumulative[:, -1:]).int().argmax(-1)
-    offset = torch.where(greedy, inside_logits.argmax(-1), drawn)
-    token = shard.start + block * BLOCK + offset
-    return torch.stack([score.float(), inside_logits[row, offset], masses.logsumexp(-1), token.float()], dim=-1)
+    offset = torch.where(greedy, inside.argmax(-1), drawn)
+    token = start + block * BLOCK + offset
+    return torch.stack([score.float(), inside[row, offset], masses.logsumexp(-1), token.float()], dim=-1)
 
 
-def settle(everyones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def combine(everyones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The drawn tokens and their log-probs, from every rank's candidates.
 
     Args:
@@ -186,18 +201,3 @@ def settle(everyones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     score, logit, mass, token = everyones.unbind(-1)
     winner = score.argmax(0, keepdim=True)
     return token.gather(0, winner)[0].long(), logit.gather(0, winner)[0] - mass.logsumexp(0)
-
-
-def _whole_blocks(logits: Logits, size: int) -> Logits:
-    """Cut the padding off behind `size`, and fill the last block up with entries of no mass."""
-    width = logits.high.shape[1]
-    if width == size and width % BLOCK == 0:
-        return logits
-    padding = (0, -size % BLOCK)
-    high = torch.nn.functional.pad(logits.high[:, :size], padding, value=OUTSIDE)
-    low = None if logits.low is None else torch.nn.functional.pad(logits.low[:, :size], padding)
-    return Logits(high, low)
-
-
-def _blocks(shard: torch.Tensor) -> torch.Tensor:
-    return shard.view(len(shard), -1, BLOCK)

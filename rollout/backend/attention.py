@@ -1,8 +1,8 @@
 """Attention on the CPU, in one call a layer: write this step's keys and values, then attend.
 
 vLLM's CPU kernel waits for memory: at 512 sequences of 170 tokens a (sequence, head) takes it 7.5 us, of which 1.2 are
-arithmetic. Each reads some 40 KB that nothing has touched since the last step. The kernel in attention.cpp fetches the
-next one's cache lines while it computes this one's, and takes 2.6 us.
+arithmetic. Each reads some 40 KB that nothing has touched since the last step. kernels/attention.cpp fetches the next
+one's cache lines while it computes this one's, and takes 2.6 us.
 
 It covers plain causal attention over vLLM's "vec" cache layout (x86 without AMX) in bfloat16 and float32. Layers with a
 sliding window, ALiBi, soft caps, sinks, another layer's cache or an 8-bit cache keep vLLM's kernel.
@@ -24,7 +24,7 @@ SIZES = ("sequences", "heads", "kv_heads", "head_dim", "block_size")
 
 
 class Step(ctypes.Structure):
-    """attention.cpp's Step, field by field."""
+    """kernels/attention.cpp's Step, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),

@@ -1,4 +1,4 @@
-"""The C++ of this folder, compiled for the machine at hand when it is first needed, and kept."""
+"""The C++ of kernels/, compiled for the machine at hand when it is first needed, and kept."""
 
 import ctypes
 import hashlib
@@ -15,11 +15,12 @@ logger = logging.getLogger(__name__)
 # -march=native: the library never leaves the machine it was made on. Sums are contracted into fused multiply-adds, in
 # the order written; nothing is reordered (no -ffast-math).
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+KERNELS = Path(__file__).with_name("kernels")
 
 
 @cache
 def load_library(name: str) -> ctypes.CDLL | None:
-    """The library of rollout/backend/`name`.cpp, or None, with a warning, where there is no compiler to make it.
+    """The library of kernels/`name`.cpp, or None, with a warning, where there is no compiler to make it.
 
     Libraries are kept in $XDG_CACHE_HOME/torchrun-rollout (by default ~/.cache/torchrun-rollout), named after all that
     they depend on. The compiler is $CXX, by default g++, which torch.compile takes too. Ranks that compile at the same
@@ -28,7 +29,7 @@ def load_library(name: str) -> ctypes.CDLL | None:
     >>> load_library("attention") is load_library("attention")
     True
     """
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = KERNELS / f"{name}.cpp"
     compiler = os.environ.get("CXX", "g++")
     try:
         library = _cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
@@ -41,7 +42,7 @@ def load_library(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         details = error.stderr.decode()[-2000:] if isinstance(error, subprocess.CalledProcessError) else str(error)
         logger.warning(
-            "%s could not be compiled with %s: rollouts go on with vLLM's own kernel, which is slower. To mend it, install "
+            "%s could not be compiled with %s: rollouts go on without it, slower. To mend it, install "
             "g++ or set CXX. It said: %s",
             source.name,
             compiler,
@@ -53,7 +54,14 @@ def load_library(name: str) -> ctypes.CDLL | None:
 def _fingerprint(source: Path, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
     cpu = _processor()
-    parts = (source.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), version, cpu)
+    parts = (
+        source.read_bytes(),
+        (KERNELS / "vectors.h").read_bytes(),
+        " ".join(FLAGS).encode(),
+        compiler.encode(),
+        version,
+        cpu,
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

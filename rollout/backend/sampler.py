@@ -26,8 +26,8 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from rollout.backend.head import logits_of
-from rollout.sampling import BLOCK, Logits, Shard, block_log_masses, candidates, in_tiles, settle, step_seeds
+from rollout.backend.head import StreamedLogits, head_library, logits_of
+from rollout.sampling import BLOCK, Logits, ShardLogits, block_log_masses, candidates, combine, in_tiles, step_seeds
 
 
 class RequestSeeds:
@@ -110,22 +110,23 @@ class ShardedSampler:
         runner: vLLM's CPUModelRunner, warmed up.
         seeds: of its requests.
         token_ranks: True if log-probs must come with the token's rank in the vocabulary, which takes the whole row.
-        compiled: True to sum the blocks in a kernel compiled by torch.
+        compiled: True to sum the blocks in a kernel compiled by torch, where kernels/head.cpp does not serve.
     """
 
     def __init__(self, runner: Any, seeds: RequestSeeds, token_ranks: bool, compiled: bool) -> None:
         model = runner.get_model()
-        self._batch, self._seeds = runner.input_batch, seeds
+        self._seeds = seeds
         self._processor, self._gathered = model.logits_processor, runner.sampler
         self._gather = self._processor._gather_logits
         self._ranks = get_tensor_model_parallel_world_size()
         indices = model.lm_head.shard_indices
-        self._shard = Shard(indices.org_vocab_start_index, indices.num_org_elements)
+        self._start, self._size = indices.org_vocab_start_index, indices.num_org_elements
         self._token_ranks = token_ranks
         self._special: set[str] = set()
-        self._logits: Logits | None = None
+        self._logits: ShardLogits | None = None
+        self._library = head_library(model.lm_head.weight, self._processor.head_dtype)
         self._masses_of: Callable[..., torch.Tensor] = in_tiles
-        if compiled:
+        if compiled and self._library is None:
             self._masses_of = torch.compile(block_log_masses, dynamic=True)
             self._compile(model.lm_head.weight)
         self._processor._get_logits = self.get_logits
@@ -149,15 +150,14 @@ class ShardedSampler:
         """Stands in for LogitsProcessor._get_logits: the shard's logits if all requests are plain, else the gathered.
 
         Returns:
-            (rows, shard) of the model's dtype, which only `sample` can read; or (rows, vocabulary) float32.
+            (rows, any) of the model's dtype, which only `sample` can read; or (rows, vocabulary) float32.
         """
         assert isinstance(lm_head.weight, torch.Tensor)
-        logits = logits_of(hidden_states, lm_head.weight, self._processor.head_dtype)
-        if not self._special and embedding_bias is None and not skip_gather:
-            self._logits = logits
-            return logits.high
         self._logits = None
-        full = logits.float()
+        if not self._special and embedding_bias is None and not skip_gather:
+            self._logits = self._shard_logits(hidden_states, lm_head.weight)
+            return hidden_states
+        full = logits_of(hidden_states, lm_head.weight, self._processor.head_dtype).float()
         if embedding_bias is not None:
             full += embedding_bias.float()
         if skip_gather:
@@ -165,6 +165,12 @@ class ShardedSampler:
         if self._ranks > 1:
             full = self._gather(full)
         return full[..., : self._processor.org_vocab_size]
+
+    def _shard_logits(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> ShardLogits:
+        if self._library is not None:
+            return StreamedLogits(self._library, hidden_states.contiguous(), weight, self._size)
+        high_low = logits_of(hidden_states, weight, self._processor.head_dtype)
+        return Logits(high_low.high, high_low.low, self._size, self._masses_of)
 
     def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
         """Stands in for vLLM's Sampler: one token a row, and its log-prob."""
@@ -175,17 +181,17 @@ class ShardedSampler:
         temperature = sampling_metadata.temperature
         if temperature is None or sampling_metadata.all_greedy:
             temperature = torch.zeros(rows)
-        ours = candidates(shard, self._shard, temperature[:rows], self._seeds.of_step(rows), self._masses_of)
+        ours = candidates(shard, self._start, temperature[:rows], self._seeds.of_step(rows))
         if self._ranks > 1:
             ours = tensor_model_parallel_all_gather(ours, dim=0)
-        tokens, logprobs = settle(ours.view(self._ranks, rows, 4))
+        tokens, logprobs = combine(ours.view(self._ranks, rows, 4))
         ids = tokens.int().unsqueeze(-1)
         of_sampled = LogprobsTensors(ids, logprobs.unsqueeze(-1), torch.zeros(rows, dtype=torch.int32))
         return SamplerOutput(ids, None if sampling_metadata.max_num_logprobs is None else of_sampled)
 
     def _compile(self, weight: torch.Tensor) -> None:
         """Compile now, not within the first phase."""
-        width = -(-self._shard.size // BLOCK) * BLOCK
+        width = -(-self._size // BLOCK) * BLOCK
         for rows in (2, 3):
             high = torch.zeros(rows, width, dtype=weight.dtype)
             split = self._processor.head_dtype == torch.float32 and weight.dtype != torch.float32

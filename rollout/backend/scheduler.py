@@ -25,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from rollout.backend.outputs import sampled_tokens
 from rollout.backend.steady_batch import Plan, SteadyBatch, can_join
-from rollout.backend.step_update import StepUpdate, is_plain, logprobs_of, to_update
+from rollout.backend.step_update import StepUpdate, brings_tokens_only, logprobs_of, to_update
 
 
 @dataclass
@@ -236,7 +236,11 @@ class SteadyScheduler(Scheduler):
     ) -> StepUpdate | None:
         """`take_output` on the fast path; None, with nothing changed, if vLLM has to look at it."""
         batch = self._batch
-        if batch is None or not isinstance(scheduler_output, SteadyOutput) or not is_plain(model_runner_output):
+        if (
+            batch is None
+            or not isinstance(scheduler_output, SteadyOutput)
+            or not brings_tokens_only(model_runner_output)
+        ):
             return None
         if self.grammar_compile_error_reqs or self.encoder_cache_mismatch_reqs:
             return None

@@ -27,7 +27,7 @@ class StepUpdate:
     finished: list[tuple[int, int]]
 
 
-def is_plain(output: ModelRunnerOutput) -> bool:
+def brings_tokens_only(output: ModelRunnerOutput) -> bool:
     """True if the runner brought tokens and log-probs, one a row, and nothing else."""
     return (
         len(output.sampled_token_ids) == len(output.req_ids)

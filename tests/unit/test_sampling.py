@@ -8,11 +8,10 @@ from scipy import stats
 from rollout.sampling import (
     BLOCK,
     Logits,
-    Shard,
     block_log_masses,
     candidates,
+    combine,
     in_tiles,
-    settle,
     splitmix64,
     step_seeds,
     uniforms,
@@ -28,9 +27,8 @@ def draw(
     edges = [0, *cuts, logits.shape[1]]
     everyones = []
     for start, end in zip(edges, edges[1:], strict=False):
-        shard = Logits(logits[:, start:end].contiguous())
-        everyones.append(candidates(shard, Shard(start, end - start), temperature, seeds))
-    return settle(torch.stack(everyones))
+        everyones.append(candidates(Logits(logits[:, start:end].contiguous()), start, temperature, seeds))
+    return combine(torch.stack(everyones))
 
 
 def peaked(vocabulary: int, generator_seed: int = 0) -> torch.Tensor:
@@ -74,8 +72,7 @@ def test_two_halves_of_logits_are_their_sum() -> None:
     high = full.bfloat16()
     low = (full - high.float()).bfloat16()
     seeds = step_seeds(np.arange(100, dtype=np.uint64), np.zeros(100, int))
-    shard = Shard(0, 640)
-    tokens, logprobs = settle(candidates(Logits(high, low), shard, torch.ones(100), seeds)[None])
+    tokens, logprobs = combine(candidates(Logits(high, low), 0, torch.ones(100), seeds)[None])
     expected = (high.double() + low.double()).log_softmax(-1)[torch.arange(100), tokens]
     assert (logprobs - expected).abs().max() < 5e-6
     assert (logprobs - high.double().log_softmax(-1)[torch.arange(100), tokens]).abs().max() > 1e-3
@@ -136,7 +133,7 @@ def test_padding_is_never_drawn_and_has_no_mass() -> None:
     padded = torch.full((2000, 2 * BLOCK), 50.0)  # what lies behind the shard's end is anything
     padded[:, :100] = 0.0
     seeds = step_seeds(np.arange(2000, dtype=np.uint64), np.zeros(2000, int))
-    tokens, logprobs = settle(candidates(Logits(padded), Shard(0, 100), torch.ones(2000), seeds)[None])
+    tokens, logprobs = combine(candidates(Logits(padded, size=100), 0, torch.ones(2000), seeds)[None])
     assert tokens.max() < 100
     assert len(set(tokens.tolist())) == 100
     torch.testing.assert_close(logprobs, torch.full((2000,), -np.log(100.0), dtype=torch.float32))

@@ -1,4 +1,4 @@
-// Causal attention over a paged KV cache in vLLM's "vec" layout, one core's vectors at a time. See attention.py.
+// Causal attention over a paged KV cache in vLLM's "vec" layout. See backend/attention.py.
 //
 // The arithmetic of a query row depends on its sequence alone: on neither the batch, nor the threads, nor how many
 // rows of the sequence come at once. A decoded row and the same row of a prefill are equal, bit for bit.
@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "vectors.h"
 
 // Mirrors attention.py's Step, field by field. Strides are in elements, of a token or of a table's row.
 struct Step {
@@ -22,58 +24,10 @@ struct Step {
 
 namespace {
 
-constexpr int LANES = 16;     // AVX-512; the compiler splits them where registers are narrower
-constexpr int TILE = 32;      // positions scored at once; blocks are multiples of it
-constexpr int QUERIES = 8;    // rows x heads that share what was read of the cache
-constexpr int LINE = 64;      // bytes of a cache line
-constexpr int HEAD_DIM = 512; // the largest
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline Floats load(const float* from) {
-  Floats vector;
-  memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-inline Floats load(const BFloat16* from) {
-  Halves halves;
-  memcpy(&halves, from, sizeof halves);
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
-}
-
-inline void store(float* to, Floats vector) { memcpy(to, &vector, sizeof vector); }
-
-inline void store(BFloat16* to, Floats vector) {
-  Words words = (Words)vector;
-  words = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;  // to the nearest, ties to even
-  Halves halves = __builtin_convertvector(words, Halves);
-  memcpy(to, &halves, sizeof halves);
-}
-
-// e**x for x <= 0, to 2 units in the last place; exactly 0 at minus infinity. The polynomial is Cephes' expf
-// (Moshier), with its argument reduced by ln 2 in two parts.
-inline Floats exponential(Floats x) {
-  const Floats clamped = x < -87.0f ? Floats{} - 87.0f : x;
-  const Floats n = (clamped * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: 1.5 * 2**23
-  const Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = Floats{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Ints shifted = (Ints)p + (__builtin_convertvector(n, Ints) << 23);
-  return x == -INFINITY ? Floats{} : (Floats)shifted;
-}
+constexpr int TILE = 2 * LANES;  // positions scored at once; blocks are multiples of it
+constexpr int QUERIES = 8;       // rows x heads that share what was read of the cache
+constexpr int LINE = 64;         // bytes of a cache line
+constexpr int HEAD_DIM = 512;    // the largest
 
 // One sequence's keys and values of one head. A block holds its keys first, the dimensions as rows and the positions
 // as columns, then its values, a row a position.
@@ -136,8 +90,7 @@ inline float weights(float* scores, int limit, int end) {
     const Floats score = load(scores + t);
     peaks = score > peaks ? score : peaks;
   }
-  float peak = peaks[0];
-  for (int lane = 1; lane < LANES; lane++) peak = std::max(peak, peaks[lane]);
+  const float peak = largest(peaks);
   Floats sums = {};
   for (int t = 0; t < whole; t += LANES) {
     const Floats weight = exponential(load(scores + t) - peak);
@@ -145,9 +98,7 @@ inline float weights(float* scores, int limit, int end) {
     store(scores + t, weight);
   }
   if (end > whole) std::fill(scores + whole, scores + end, 0.0f);
-  float sum = 0;
-  for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-  return 1.0f / sum;
+  return 1.0f / sum(sums);
 }
 
 // Q query vectors of one sequence over its pages; vector i attends to the first limits[i] positions.
@@ -201,14 +152,6 @@ void attend(const Pages<T>& pages, Scratch& scratch, int64_t width, T* const* ou
 struct Work {
   int sequence, kv_head, first;
 };
-
-inline float number(float element) { return element; }
-inline float number(BFloat16 element) {
-  const uint32_t word = uint32_t(element.bits) << 16;
-  float result;
-  memcpy(&result, &word, sizeof result);
-  return result;
-}
 
 template <typename T>
 class Attention {
