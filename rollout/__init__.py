@@ -9,7 +9,9 @@ from rollout.config import RolloutConfig, SamplingConfig
 from rollout.types import Prompt, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
+    from rollout.agreement import RanksDisagree
     from rollout.engine import RolloutEngine
+    from rollout.failure import watched
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, write_trace
     from rollout.weights import SyncReport
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Prompt",
+    "RanksDisagree",
     "Rollout",
     "RolloutBatch",
     "RolloutConfig",
@@ -28,10 +31,12 @@ __all__ = [
     "merge_groups",
     "merge_traces",
     "overlap_fraction",
+    "watched",
     "write_trace",
 ]
 
 _LAZY = {
+    "RanksDisagree": "rollout.agreement",
     "RolloutEngine": "rollout.engine",
     "SyncReport": "rollout.weights",
     "World": "rollout.world",
@@ -39,6 +44,7 @@ _LAZY = {
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
     "overlap_fraction": "rollout.throughput",
+    "watched": "rollout.failure",
     "write_trace": "rollout.trace",
 }
 

@@ -31,6 +31,8 @@ class RolloutConfig:
         seed: of the engine's own random streams, which the trainer's never touch.
         simulate_step_ms: run no model: each step occupies a simulated accelerator for this many milliseconds, and the
             tokens are made up. It measures the host's share of a step (benchmarks; vLLM's CPU build only).
+        stall_timeout_s: a rank that generates or syncs for so long without a step counts as failed, and the job ends
+            with the stacks of all ranks (rollout/failure.py).
         shutdown_timeout_s: how long `close` waits for the execute thread before it reports that it hangs.
 
     Raises:
@@ -56,6 +58,7 @@ class RolloutConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     simulate_step_ms: float | None = None
+    stall_timeout_s: float = 600.0
     shutdown_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
             )
-        for name in ("kv_cache_gib", "simulate_step_ms", "shutdown_timeout_s"):
+        for name in ("kv_cache_gib", "simulate_step_ms", "stall_timeout_s", "shutdown_timeout_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"rollout.{name} is {value}; it must be above 0")

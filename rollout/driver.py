@@ -2,16 +2,18 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from rollout.agreement import Agreement
 from rollout.throughput import EXECUTE, PhaseTimeline
 
 STOP, LENGTH = 0, 1
+LOOK_AGAIN_S = 0.5  # how soon who waits for a step hears that the ranks disagree
 
 
 @dataclass
@@ -90,7 +92,15 @@ class Phase:
     peak_kv_cache_usage: float = 0.0
 
 
-def drive(core: Any, requests: Sequence[Any], n: int, collected: Collected, phase: Phase) -> None:
+def drive(
+    core: Any,
+    requests: Sequence[Any],
+    n: int,
+    collected: Collected,
+    phase: Phase,
+    agreement: Agreement,
+    beat: Callable[[], None],
+) -> None:
     """Run all requests to their ends.
 
     With a queue depth of 2, step i+1 is scheduled and queued while step i runs, and only then is the output of step i
@@ -101,8 +111,11 @@ def drive(core: Any, requests: Sequence[Any], n: int, collected: Collected, phas
         core: `rollout.backend.core.Core`.
         requests: from `make_requests`; their ids are rows of `collected`.
         n: samples a prompt, which stand together.
+        agreement: is told of every step; its phase is finished by the caller.
+        beat: called at every step that has ended.
 
     Raises:
+        RanksDisagree: if another rank scheduled or sampled something else.
         RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
         Exception: whatever the execute thread raised, with its traceback.
     """
@@ -118,6 +131,7 @@ def drive(core: Any, requests: Sequence[Any], n: int, collected: Collected, phas
                 begin = perf_counter()
                 scheduled = scheduler.schedule()
                 core.groups.after_schedule()
+                agreement.scheduled(scheduled.num_scheduled_tokens, getattr(scheduled, "order", None))
                 live, tokens = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
                 timeline.record_schedule(step, begin, perf_counter(), live, tokens)
                 in_flight.append((step, scheduled, executor.submit_step(scheduled)))
@@ -128,18 +142,38 @@ def drive(core: Any, requests: Sequence[Any], n: int, collected: Collected, phas
                     continue
             number, scheduled, future = in_flight.popleft()
             begin = perf_counter()
-            output = future.result()
+            output = wait_for(future, agreement)
             if in_flight:
                 # The execute thread may still be preparing the next step; two threads at work at once would hand the
                 # interpreter's lock to and fro, and both be late.
-                in_flight[-1][2].launched.wait()
+                while not in_flight[-1][2].launched.wait(LOOK_AGAIN_S):
+                    agreement.check()
             arrived = perf_counter()
             timeline.record_wait(number, begin, arrived)
             if future.device_span is not None:
                 timeline.record(EXECUTE, number, *future.device_span)
-            collected.add(scheduler.take_output(scheduled, output))
+            update = scheduler.take_output(scheduled, output)
+            agreement.sampled(update)
+            collected.add(update)
+            beat()
             timeline.record_update(number, arrived, perf_counter())
     finally:
         executor.observer = None
     phase.seconds = perf_counter() - start
     assert collected.done.all(), "the scheduler is idle but sequences have not ended"
+
+
+def wait_for(future: Any, agreement: Agreement) -> Any:
+    """The step's output. A rank that has found a difference schedules no more, and this one would wait for ever.
+
+    Raises:
+        RanksDisagree: if another rank has found a difference meanwhile.
+        Exception: whatever the execute thread raised.
+    """
+    while True:
+        try:
+            return future.result(LOOK_AGAIN_S)
+        except TimeoutError:
+            if future.done():  # in this very moment, or the timeout is the step's own
+                return future.result()
+            agreement.check()

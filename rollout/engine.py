@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from rollout.agreement import EXPLANATION_TIMEOUT_S, Agreement
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.driver import Collected, Phase, drive
+from rollout.failure import watched
 from rollout.isolation import preserved_trainer_state
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Prompt, RolloutBatch
@@ -52,6 +54,10 @@ class RolloutEngine:
         self.world: World = init_world()
         self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
         self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
+        self._watching = ExitStack()
+        self._watch = self._watching.enter_context(watched(stall_timeout_s=self.config.stall_timeout_s))
+        last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
+        self._agreement = Agreement(self._group, last_words)
         with preserved_trainer_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
             # Imported here: it takes seconds, which a config error must not; and it writes into the environment.
@@ -114,6 +120,7 @@ class RolloutEngine:
         Raises:
             ValueError: if a prompt is empty or leaves no room for `max_tokens` within `max_model_len`, or if the ranks
                 were given different sampling or seeds.
+            RanksDisagree: if the ranks of the group scheduled or sampled different things (rollout/agreement.py).
             RuntimeError: if the engine is closed, busy or broken by an earlier error.
         """
         sampling = sampling or SamplingConfig()
@@ -166,11 +173,15 @@ class RolloutEngine:
         if self._state != "closed":
             self._state = "closed"
             self._core.close(self.config.shutdown_timeout_s)
+            self._watching.close()
 
     def __enter__(self) -> "RolloutEngine":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
+        if error is not None:
+            # Before anything that waits for the other ranks, which may wait for this one.
+            self._watch.report(error)
         self.close()
 
     def _run(self, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: int) -> Collected:
@@ -180,7 +191,8 @@ class RolloutEngine:
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
         with preserved_trainer_state():
-            drive(self._core, requests, sampling.n, collected, self._phase)
+            drive(self._core, requests, sampling.n, collected, self._phase, self._agreement, self._watch.beat)
+            self._agreement.finish()
         self._metrics = phase_metrics(
             self._phase.timeline,
             seconds=self._phase.seconds,
@@ -229,9 +241,12 @@ class RolloutEngine:
         self._check_usable()
         self._state = doing
         try:
-            yield
+            with self._watch.busy(doing):
+                yield
         except BaseException as error:
             self._state = f"broken by {type(error).__name__} while {doing}"
+            if self.world.size > 1:  # whatever the caller makes of it, the other ranks wait for this one
+                self._watch.report(error)
             raise
         self._state = "idle"
 

@@ -81,10 +81,13 @@ def launched_by_torchrun() -> bool:
     return bool(present)
 
 
-def tensor_parallel_group(world: World, tensor_parallel_size: int) -> dist.ProcessGroup:
+def tensor_parallel_group(world: World, tensor_parallel_size: int, timeout_s: float | None = None) -> dist.ProcessGroup:
     """A gloo group of the ranks that share this rank's copy of the engine. Called by all ranks, in the same order.
 
     Ranks are grouped in order, as vLLM does: with a size of 2, ranks 0 and 1, ranks 2 and 3, and so on.
+
+    Args:
+        timeout_s: of the group's collectives; None takes torch's default for gloo.
 
     Raises:
         ValueError: if the size does not divide the world.
@@ -93,7 +96,7 @@ def tensor_parallel_group(world: World, tensor_parallel_size: int) -> dist.Proce
     mine = None
     for first in range(0, world.size, tensor_parallel_size):
         ranks = list(range(first, first + tensor_parallel_size))
-        group = dist.new_group(ranks, backend="gloo")
+        group = dist.new_group(ranks, None if timeout_s is None else timedelta(seconds=timeout_s), backend="gloo")
         if world.rank in ranks:
             mine = group
     assert mine is not None

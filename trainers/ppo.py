@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutBatch, RolloutEngine, World, init_world, merge_groups
+from rollout import RolloutBatch, RolloutEngine, World, init_world, merge_groups, watched
 from trainers.across_ranks import count_over_ranks, max_over_ranks, sum_over_ranks, undo_ddp_mean
 from trainers.advantages import gae, token_rewards, whiten
 from trainers.batching import TrainBatch, make_batch, unpack
@@ -70,7 +70,8 @@ def train(config: PPOConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     stream = prompt_stream(config, tokenizer, world)
     folder = agreed_run_folder(config, world)
-    learn(config, world, stream, tokenizer, folder)
+    with watched(folder, config.rollout.stall_timeout_s):
+        learn(config, world, stream, tokenizer, folder)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()

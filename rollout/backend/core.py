@@ -47,13 +47,14 @@ class Core:
         return self.engine_core.vllm_config.model_config.max_model_len
 
     def describe(self) -> dict[str, str | int]:
-        """What really runs: scheduler class, executor class, queue depth, model runner class."""
+        """What really runs: scheduler class, executor class, queue depth, model runner class, our own C++ kernels."""
         runner = self.executor.collective_rpc(lambda worker: type(worker.model_runner).__name__)[0]
         return {
             "scheduler": type(self.scheduler).__name__,
             "executor": type(self.executor).__name__,
             "queue_depth": self.queue_depth,
             "model_runner": runner,
+            "kernels": ", ".join(self.executor.kernels) or "none",
         }
 
     def close(self, timeout_s: float) -> None:

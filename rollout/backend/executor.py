@@ -30,7 +30,8 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from rollout.backend.attention import replace_attention
 from rollout.backend.execute_thread import ExecuteThread
 from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
-from rollout.backend.worker import load_policy_weights, unlink_shared_memory
+from rollout.backend.shared_memory import unlink_shared_memory
+from rollout.backend.worker import load_policy_weights
 from rollout.isolation import preserved_random_state, preserved_trainer_state
 from rollout.world import init_world
 
@@ -92,6 +93,8 @@ class TorchrunExecutor(Executor):
     """
 
     thread: ExecuteThread
+    kernels: tuple[str, ...] = ()
+    """Of rollout/backend/kernels/, those that this machine and this model run."""
     observer: StepObserver | None = None
     """Called on the execute thread after each step with its start and end (`time.perf_counter` seconds)."""
 
@@ -153,12 +156,14 @@ class TorchrunExecutor(Executor):
             return forward(*args, **kwargs)
 
         runner._model_forward = announced_forward
-        replace_attention(runner.get_model())
+        attention = replace_attention(runner.get_model()) > 0
         self._request_seeds = RequestSeeds(runner)
         GatheredSampler(runner, self._request_seeds)
         token_ranks = self.vllm_config.additional_config.get("token_ranks", True)
         compiled = not self.model_config.enforce_eager
         self._sharded_sampler = shard_sampling(runner, self._request_seeds, token_ranks, compiled)
+        head = self._sharded_sampler is not None and self._sharded_sampler.streams
+        self.kernels = tuple(name for name, runs in (("attention", attention), ("head", head)) if runs)
 
     def load_policy_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Replace the worker's weights on the execute thread, behind whatever is queued there; returns bytes read.

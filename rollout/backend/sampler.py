@@ -132,6 +132,11 @@ class ShardedSampler:
         self._processor._get_logits = self.get_logits
         runner.sampler = self.sample
 
+    @property
+    def streams(self) -> bool:
+        """True if kernels/head.cpp serves the plain batches."""
+        return self._library is not None
+
     def admit(self, scheduler_output: SchedulerOutput) -> None:
         """Note which of the requests need the whole row."""
         self._special.difference_update(scheduler_output.finished_req_ids)

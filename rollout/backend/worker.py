@@ -1,24 +1,11 @@
 """Glue to vLLM's worker: what runs on the execute thread, with the worker at hand."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.worker.worker_base import WorkerBase
-
-SHARED_MEMORY = Path("/dev/shm")
-
-
-def unlink_shared_memory(job: str) -> None:
-    """Remove the names of this job's shared-memory segments, which every rank has mapped by now.
-
-    The mappings stay until the processes end, however they end: a killed job leaves nothing behind.
-    """
-    if SHARED_MEMORY.is_dir():
-        for segment in SHARED_MEMORY.glob(f"*{job}*"):
-            segment.unlink(missing_ok=True)  # another rank may have been faster
 
 
 @torch.inference_mode()

@@ -11,6 +11,9 @@ LABELS = {
     "ours_sync": "RolloutEngine, synchronous",
     "ours_async": "RolloutEngine, asynchronous",
 }
+# In the environment of every process of one system, and the name of its shared memory: torchrun puts each rank into a
+# session of its own, so that no process group holds them all.
+TAG = "ROLLOUT_BENCH_SYSTEM"
 WARM_UP_TOKENS = 8
 # vLLM's default for the CPU is 128, for CUDA 16: sizes rounded up to 128 hold in both.
 BLOCK_TOKENS = 128

@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,13 +24,12 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer
 
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig, World, init_world, merge_traces, write_trace
+from rollout.backend.stock import StockEngine
 from rollout.throughput import UPDATE
-from scripts.bench.plan import Settings, kv_cache_gib, share_of_rank, step_budget
+from scripts.bench.plan import TAG, Settings, kv_cache_gib, share_of_rank, step_budget
 from scripts.bench.report import OUR_METRICS, decode_split
 
-GIB = 1024**3
 A_DAY_S = 24 * 3600.0  # an idle system waits in a collective for its next turn
-SIMULATED_WORKER = "rollout.backend.simulated.SimulatedWorker"
 
 
 class BenchSystem(Protocol):
@@ -98,102 +96,38 @@ class Ours:
 
 
 class Stock:
-    """vLLM's own LLM as people call it: LLM.generate, with texts, and the sampled token's log-prob."""
+    """Stock vLLM: LLM.generate as people call it."""
 
     def __init__(self, settings: Settings, world: World, kv_gib: float, budget: int) -> None:
-        # Read once, when vLLM is imported: external_launcher runs the engine in this very process.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM
-
-        more: dict[str, Any] = {}
-        if settings.step_ms is not None:
-            wishes = {"simulate_step_ms": settings.step_ms, "async_scheduling": settings.asynchronous}
-            more = {"worker_cls": SIMULATED_WORKER, "additional_config": wishes}
-        job = name_shared_memory()
-        self.llm = LLM(
+        self.engine = StockEngine(
             settings.model,
-            dtype="bfloat16",
-            seed=0,  # external_launcher asks for one: every rank samples by itself
+            os.environ[TAG],
+            settings.asynchronous,
+            kv_gib,
+            settings.step_ms,
             tensor_parallel_size=settings.tensor_parallel_size,
-            distributed_executor_backend="external_launcher",
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=budget,
-            kv_cache_memory_bytes=int(kv_gib * GIB),
             gpu_memory_utilization=settings.memory_share,
-            async_scheduling=settings.asynchronous,
             enforce_eager=settings.enforce_eager,
-            enable_prefix_caching=False,
-            **more,
         )
-        from rollout.backend.worker import unlink_shared_memory
-
-        unlink_shared_memory(job)
-        self.core = self.llm.llm_engine.engine_core.engine_core
-        self.steps: list[tuple[float, int, int]] = []
-        self._record_steps()
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "scheduler": type(self.core.scheduler).__name__,
-            "executor": type(self.core.model_executor).__name__,
-            "queue_depth": self.core.batch_queue_size,
-            "model_runner": type(self.core.model_executor.driver_worker.model_runner).__name__,
-            "asynchronous": self.core.batch_queue_size > 1,
-        }
+        return self.engine.describe()
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=1.0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
-        self.steps.clear()
         start = time.perf_counter()
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        lengths = self.engine.generate(prompts, max_tokens)
         seconds = time.perf_counter() - start
-        check_lengths([len(output.outputs[0].token_ids) for output in outputs], len(prompts), max_tokens)
-        ends, scheduled_tokens, sequences = np.array(self.steps).T
-        return {"seconds": seconds, **split(ends, scheduled_tokens, sequences)}
+        check_lengths(lengths, len(prompts), max_tokens)
+        return {"seconds": seconds, **split(*self.engine.steps())}
 
     def trace(self, path: str) -> None:
         """Stock vLLM has no timeline of ours."""
 
     def close(self) -> None:
-        # Takes the default process group down, too: vLLM regards it as its own.
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.core
-
-    def _record_steps(self) -> None:
-        """Note of every step when it was taken in, its tokens and its sequences: less than a microsecond a step."""
-        scheduler, steps = self.core.scheduler, self.steps
-        update = scheduler.update_from_output
-
-        def recorded(scheduled: Any, output: Any) -> Any:
-            updated = update(scheduled, output)
-            tokens, sequences = scheduled.total_num_scheduled_tokens, len(scheduled.num_scheduled_tokens)
-            steps.append((time.perf_counter(), tokens, sequences))
-            return updated
-
-        scheduler.update_from_output = recorded
-
-
-def name_shared_memory() -> str:
-    """Give this job's shared-memory segments a name of their own, and return it; the same on every rank.
-
-    vLLM's CPU communicator names them after what follows the last ":" of the init method, which external_launcher
-    leaves at "env://": two stock systems side by side would share segments.
-    """
-    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
-
-    job = [f"bench-{os.getpid()}-{uuid.uuid4().hex[:8]}"]
-    dist.broadcast_object_list(job, src=0)
-    arguments = ExecutorWithExternalLauncher._distributed_args
-
-    def named(executor: Any) -> tuple[str, int, int]:
-        init_method, rank, local_rank = arguments(executor)
-        return f"{init_method}:{job[0]}", rank, local_rank
-
-    ExecutorWithExternalLauncher._distributed_args = named
-    return job[0]
+        self.engine.close()
 
 
 def check_lengths(lengths: Sequence[int], batch: int, max_tokens: int) -> None:

@@ -20,13 +20,11 @@ from typing import Any
 
 import psutil
 
-from scripts.bench.plan import Settings
+from rollout.backend.shared_memory import unlink_shared_memory
+from scripts.bench.plan import TAG, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER_MODULE = "scripts.bench.systems"
-# In the environment of every process of one system: torchrun puts each rank into a session of its own, so that no
-# process group holds them all.
-TAG = "ROLLOUT_BENCH_SYSTEM"
 LOOK_AGAIN_S = 0.5  # how soon the death of a process is noticed
 GRACE_S = 30.0  # for a system that was asked to end; torchrun gives its ranks as long
 TAIL_LINES = 15
@@ -106,6 +104,8 @@ class System:
         finally:
             os.close(self._answers)
             self._process.poll()
+            # Stock vLLM gives its segments back when it has started; one that was ended before has left them.
+            unlink_shared_memory(self._tag)
 
     def _start(self, nproc: int) -> subprocess.Popen:
         # Port 0: a free one. A log for each rank: written into one, lines of two ranks would run into each other.

@@ -66,7 +66,7 @@ def main() -> None:
     engine._core.executor.thread.submit(hang.wait)
     results["hanging_close"] = failure(engine.close)
     hang.set()
-    time.sleep(1.0)
+    engine._core.executor.thread.close(timeout_s=10.0)
     results["threads_left"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("execute")]
     (out / "rank0.json").write_text(json.dumps(results))
 

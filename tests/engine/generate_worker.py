@@ -1,6 +1,6 @@
 """Runs in every rank: several engines one after another, what each did written to OUT/rankN.json.
 
-torchrun --nproc_per_node=2 generate_worker.py MODEL OUT
+torchrun --nproc_per_node=2 generate_worker.py MODEL OUT [SCENARIO ...]
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
 
 
 def main() -> None:
-    model, out = sys.argv[1], Path(sys.argv[2])
+    model, out, wanted = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     rank = int(os.environ.get("RANK", "0"))
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1000 + rank)  # the trainer may draw other numbers on each rank
@@ -88,12 +88,13 @@ def main() -> None:
     # 128 blocks' worth of tokens cannot hold 512 sequences: they are preempted and start over.
     small = base | {"kv_cache_gib": 0.25 / 64, "block_size": 32}
     only_sampled = {"sampled": SAMPLINGS["sampled"]}
-    results = {
-        "asynchronous": run(model, RolloutConfig(**base), SAMPLINGS),
-        "synchronous": run(model, RolloutConfig(**base, async_scheduling=False), SAMPLINGS),
-        "asynchronous_small_cache": run(model, RolloutConfig(**small), only_sampled),
-        "synchronous_small_cache": run(model, RolloutConfig(**small, async_scheduling=False), only_sampled),
+    scenarios = {
+        "asynchronous": (RolloutConfig(**base), SAMPLINGS),
+        "synchronous": (RolloutConfig(**base, async_scheduling=False), SAMPLINGS),
+        "asynchronous_small_cache": (RolloutConfig(**small), only_sampled),
+        "synchronous_small_cache": (RolloutConfig(**small, async_scheduling=False), only_sampled),
     }
+    results = {name: run(model, *scenarios[name]) for name in wanted or scenarios}
     (out / f"rank{rank}.json").write_text(json.dumps(results))
 
 

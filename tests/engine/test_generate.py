@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.generate_worker import SAMPLINGS, prompts
 from tests.launch import launch
@@ -100,3 +101,24 @@ def test_one_process_without_torchrun(single_process: dict) -> None:
         digests = {single_process[scenario]["phases"][phase]["group"] for scenario in SCENARIOS[:2]}
         assert len(digests) == 1
     assert single_process["asynchronous"]["changed"] == []
+
+
+def test_the_kernels_of_this_machine_run(ranks: list[dict]) -> None:
+    # On processors with AMX vLLM lays its cache out for that, and its own attention stays.
+    of_machine = {"attention": not torch.cpu._is_amx_tile_supported(), "head": torch.cpu._is_avx512_bf16_supported()}
+    expected = ", ".join(name for name, runs in of_machine.items() if runs) or "none"
+    assert {rank["asynchronous"]["describe"]["kernels"] for rank in ranks} == {expected}
+
+
+def test_without_a_compiler_rollouts_go_on(
+    small_vocabulary_model_path: Path, single_process: dict, tmp_path: Path
+) -> None:
+    no_compiler = {"CXX": "/bin/false", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = [WORKER, small_vocabulary_model_path, tmp_path, "asynchronous"]
+    done = launch(words, nproc=None, timeout_s=200, env=no_compiler)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "install g++ or set CXX" in done.stderr
+    found, other = json.loads((tmp_path / "rank0.json").read_text())["asynchronous"], single_process["asynchronous"]
+    assert found["describe"]["kernels"] == "none"
+    for phase, expected in other["phases"].items():
+        assert found["phases"][phase]["rows"] == expected["rows"]

@@ -26,6 +26,7 @@ SURFACE = {
     "vllm.distributed.parallel_state": ["_WORLD", "get_world_group", "destroy_model_parallel", "get_tp_group"],
     "vllm.engine.arg_utils": ["EngineArgs.create_engine_config"],
     "vllm.envs": ["VLLM_ENABLE_V1_MULTIPROCESSING"],
+    "vllm.model_executor.layers.attention": ["Attention"],
     "vllm.model_executor.layers.logits_processor": [
         "LogitsProcessor._apply_head",
         "LogitsProcessor._get_logits(hidden_states, lm_head, embedding_bias, skip_gather)",
@@ -45,6 +46,13 @@ SURFACE = {
         "SamplingParams.update_from_generation_config(generation_config, eos_token_id)",
         "SamplingParams.num_logprobs",
         "SamplingParams.eos_token_id",
+    ],
+    "vllm.v1.attention.backend": ["AttentionType.DECODER"],
+    "vllm.v1.attention.backends.cpu_attn": [
+        "CPUAttentionBackendImpl.forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale)",
+        "CPUAttentionBackendImpl.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)",
+        "CPUAttentionMetadata",
+        "CPUAttentionMetadataBuilder._set_isa_to_layers",
     ],
     "vllm.v1.core.block_pool": [
         "BlockPool.get_num_free_blocks",
@@ -159,6 +167,15 @@ SURFACE = {
 
 # What our code reads of objects that vLLM makes: fields of its data classes.
 FIELDS = {
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadata"): [
+        "num_actual_tokens",
+        "query_start_loc",
+        "seq_lens",
+        "block_table",
+        "slot_mapping",
+        "causal",
+        "dynamic_causal",
+    ],
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices"): [
         "org_vocab_start_index"
     ],
@@ -233,6 +250,20 @@ FIELDS = {
 
 # Attributes that vLLM sets in __init__: found in the source of the class.
 SET_IN_INIT = {
+    ("vllm.model_executor.layers.attention", "Attention"): ["impl", "kv_cache_torch_dtype"],
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl"): [
+        "num_heads",
+        "num_kv_heads",
+        "head_size",
+        "scale",
+        "attn_type",
+        "alibi_slopes",
+        "sliding_window",
+        "logits_soft_cap",
+        "sinks",
+        "kv_sharing_target_layer_name",
+        "is_fp8_kv_cache",
+    ],
     ("vllm.model_executor.layers.logits_processor", "LogitsProcessor"): [
         "head_dtype",
         "soft_cap",

@@ -1,10 +1,14 @@
 """scripts/bench_rollout.py as a user runs it, tiny: the model itself, and the simulated accelerator."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
+from rollout.backend.shared_memory import SHARED_MEMORY
+from scripts.bench.plan import Settings
+from scripts.bench.turns import System
 from tests.launch import launch
 
 
@@ -58,3 +62,18 @@ def test_asynchronous_stock_and_ours_on_the_simulated_accelerator(tiny_model_pat
     device = [event for event in events if event["name"] == "execute"]
     assert {event["pid"] for event in device} == {0, 1}
     assert all(event["dur"] == pytest.approx(20_000, abs=1) for event in device)  # microseconds
+
+
+def test_a_system_that_is_ended_while_it_starts_leaves_no_shared_memory(tiny_model_path: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"problem": "What is 1+1?"}) + "\n")
+    settings = Settings("stock_sync", str(tiny_model_path), str(prompts), 2, 4, 16, 64, 4, largest_batch=4)
+    system = System(settings, tmp_path / "system", timeout_s=120.0)
+    pattern, deadline, seen = f"*{system._tag}*", time.monotonic() + 120.0, []
+    try:
+        while not seen and time.monotonic() < deadline:
+            seen = list(SHARED_MEMORY.glob(pattern))
+    finally:
+        system.close(at_once=True)
+    assert seen, "it was ended before it had any"
+    assert not list(SHARED_MEMORY.glob(pattern))

@@ -15,15 +15,11 @@ FORBIDDEN = {
     "trainers": ("scripts", "tests", "vllm", "rollout.backend"),
     "scripts": ("tests", "vllm"),
 }
-# The benchmark runs stock vLLM beside ours: it imports it inside functions, in this one file.
-STOCK_VLLM = ROOT / "scripts" / "bench" / "systems.py"
 
 
 def imports(file: Path) -> set[str]:
-    """Every module that the file imports; of STOCK_VLLM those that are imported with it."""
     found = set()
-    tree = ast.parse(file.read_text())
-    for node in tree.body if file == STOCK_VLLM else ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

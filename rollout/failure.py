@@ -1,0 +1,273 @@
+"""First failure wins: what breaks on any thread of any rank ends the job on every rank, soon, and with its own story.
+
+A rank that fails leaves the others in a collective, in a spin on shared memory or in a backward pass, from which no
+exception can free them. So a watch thread in every rank looks twice a second whether anybody has failed. The first one
+who does writes its traceback into the job's store (torchrun's own TCPStore, over a connection of the watch's own).
+Then every rank adds where its threads stand, one of them writes all of it to RUN/failure.json, and the processes end,
+whatever their main threads are doing: the failed rank first, so that torchrun names it, and with exit code 1.
+
+A rank that stands still for `stall_timeout_s` while it should make progress counts as failed.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import psutil
+import torch.distributed as dist
+
+from rollout.world import launched_by_torchrun
+
+LOOK_S = 0.5  # between two looks at the store
+STACKS_S = 3.0  # for the ranks to say where they stand
+FAILED_RANK_ENDS_S = 4.0  # after it was noticed; torchrun then ends the others
+ALL_END_S = 8.0
+FILE = "failure.json"
+
+
+class Stalled(RuntimeError):
+    """A rank made no progress for too long."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong first.
+
+    Attributes:
+        rank: of the whole job.
+        thread: its name.
+        error: type and message.
+        traceback: as Python prints it; of a stall, where the main thread stood.
+        time: seconds since 1970.
+    """
+
+    rank: int
+    host: str
+    thread: str
+    error: str
+    traceback: str
+    time: float
+
+
+class Watch:
+    """This process's part in the job's watch. Use `watched`.
+
+    Args:
+        folder: where FILE goes; None writes none.
+        stall_timeout_s: how long a busy rank may go without a `beat`.
+    """
+
+    def __init__(self, folder: Path | None, stall_timeout_s: float) -> None:
+        self._folder = folder
+        self._stall_timeout_s = stall_timeout_s
+        self._process = os.getpid()
+        self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        # A restarted job finds the store of the one before it.
+        self._prefix = f"rollout/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._store = self._connect()
+        self._busy: str | None = None
+        self._beat = time.monotonic()
+        self._reported: BaseException | None = None
+        self._closing, self._told = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="rollout-watch", daemon=True)
+        self._thread.start()
+
+    def report(self, error: BaseException, thread: str | None = None) -> None:
+        """Tell the job that this rank has failed; returns at once. The first report of the job counts."""
+        if os.getpid() != self._process:
+            return  # a data worker, forked from this rank: its parent hears of it from the data loader
+        story = "".join(traceback.format_exception(error))
+        if self._size == 1 and threading.current_thread() is threading.main_thread():
+            # Nobody waits for this process, and whoever called may know what to do (a notebook, say).
+            with suppress(OSError):
+                self._write(self._failure(error, story), {"0": stacks()})
+            return
+        self._reported = error
+        self._tell(self._failure(error, story, thread))
+
+    def beat(self) -> None:
+        """Note that this rank makes progress."""
+        self._beat = time.monotonic()
+
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Inside, this rank has to make progress."""
+        self.beat()
+        self._busy = doing
+        try:
+            yield
+        finally:
+            self._busy = None
+
+    def close(self) -> None:
+        """End the watch. After a failure it goes on: it sees to it that this process ends."""
+        if os.getpid() != self._process:
+            return
+        if self._reported is not None:
+            self._told.wait(ALL_END_S)
+            return
+        self._closing.set()
+        self._thread.join()
+
+    def has_told(self, error: BaseException | None) -> bool:
+        """True if this very error was reported, and printed with it."""
+        return error is not None and error is self._reported
+
+    def _connect(self) -> dist.Store:
+        if not launched_by_torchrun():
+            return dist.HashStore()
+        # Not the default group's own: a rank may be waiting on that one for another.
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+    def _failure(self, error: BaseException, story: str, thread: str | None = None) -> Failure:
+        name = thread or threading.current_thread().name
+        return Failure(self._rank, socket.gethostname(), name, f"{type(error).__name__}: {error}", story, time.time())
+
+    def _tell(self, failure: Failure) -> None:
+        with suppress(dist.DistError):  # the store is gone, and with it the job: the loop ends this rank
+            self._store.compare_set(f"{self._prefix}/first", "", json.dumps(asdict(failure)))
+
+    def _loop(self) -> None:
+        while not self._closing.wait(LOOK_S):
+            self._look_for_stall()
+            try:
+                if not self._store.check([f"{self._prefix}/first"]):
+                    continue
+                failure = Failure(**json.loads(self._store.get(f"{self._prefix}/first")))
+            except dist.DistError as error:
+                self._launcher_is_gone(error)
+                continue
+            self._end(failure)
+
+    def _look_for_stall(self) -> None:
+        doing, still = self._busy, time.monotonic() - self._beat
+        if doing is not None and still > self._stall_timeout_s:
+            self._busy = None
+            error = Stalled(f"rank {self._rank} made no progress for {still:.0f} s while {doing}")
+            story = f"{stacks()['MainThread']}Stalled: {error}\n"
+            self._tell(self._failure(error, story, "MainThread"))
+
+    def _launcher_is_gone(self, error: Exception) -> None:
+        """The store is torchrun's: without it nobody would end this rank if another one failed."""
+        print(f"rank {self._rank}: ended, because the job's store is gone: {error}", file=sys.stderr, flush=True)
+        _exit()
+
+    def _end(self, failure: Failure) -> None:
+        """Say what happened and where everybody stands, then end this process."""
+        noticed = time.monotonic()
+        ours = failure.rank == self._rank
+        if ours:
+            print(failure.traceback, file=sys.stderr, end="", flush=True)
+        else:
+            line = f"rank {self._rank}: ended, because rank {failure.rank} failed: {failure.error.splitlines()[0]}"
+            print(line, file=sys.stderr, flush=True)
+        try:
+            self._store.set(f"{self._prefix}/stacks/{self._rank}", json.dumps(stacks()))
+            self._write(failure, self._everyones_stacks(noticed + STACKS_S))
+        except (dist.DistError, OSError) as error:
+            print(f"rank {self._rank}: {FILE} is incomplete: {error}", file=sys.stderr, flush=True)
+        self._told.set()
+        # The main thread may be on its way out, cleaning up; if it makes it, this thread ends with the interpreter.
+        time.sleep(max(0.0, noticed + (FAILED_RANK_ENDS_S if ours else ALL_END_S) - time.monotonic()))
+        _exit()
+
+    def _everyones_stacks(self, deadline: float) -> dict[str, Any]:
+        """By rank, then thread; of a rank that says nothing in time, what is known of it."""
+        keys = {rank: f"{self._prefix}/stacks/{rank}" for rank in range(self._size)}
+        missing = set(keys)
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not self._store.check([keys[rank]])}
+            if missing:
+                time.sleep(LOOK_S / 5)
+        said = {str(rank): json.loads(self._store.get(keys[rank])) for rank in keys if rank not in missing}
+        return said | {str(rank): f"said nothing within {STACKS_S:g} s" for rank in sorted(missing)}
+
+    def _write(self, failure: Failure, everyones: dict[str, Any]) -> None:
+        if self._folder is None:
+            return
+        content = json.dumps(asdict(failure) | {"stacks": everyones}, indent=1)
+        try:
+            # Whoever is first writes it: rank 0 may be the one that is gone.
+            with open(self._folder / FILE, "x") as file:
+                file.write(content + "\n")
+        except FileExistsError:
+            pass
+
+
+_watch: Watch | None = None
+
+
+@contextmanager
+def watched(folder: Path | None = None, stall_timeout_s: float = 600.0) -> Iterator[Watch]:
+    """Watch over the job inside the block; every rank enters it. Inside another one, that one goes on.
+
+    Args:
+        folder: of the run; failure.json is written there. None writes none.
+        stall_timeout_s: how long a rank may make no progress inside `Watch.busy`.
+    """
+    global _watch
+    if _watch is not None:
+        yield _watch
+        return
+    _watch = watch = Watch(folder, stall_timeout_s)
+    previous = sys.excepthook, threading.excepthook
+
+    def of_main(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if not watch.has_told(error):
+            previous[0](kind, error, where)
+
+    def of_thread(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None and not issubclass(arguments.exc_type, SystemExit):
+            watch.report(arguments.exc_value, arguments.thread.name if arguments.thread else None)
+        previous[1](arguments)
+
+    sys.excepthook, threading.excepthook = of_main, of_thread
+    try:
+        yield watch
+    except BaseException as error:
+        # SystemExit too, whatever its code: the other ranks go on, and would wait for this one for ever.
+        watch.report(error)
+        raise
+    finally:
+        watch.close()
+        threading.excepthook = previous[1]
+        _watch = None
+
+
+def current_watch() -> Watch | None:
+    """The watch of this process, if there is one."""
+    return _watch
+
+
+def _exit() -> NoReturn:
+    """End this process whatever its main thread does, and its children, which might not notice."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def stacks() -> dict[str, str]:
+    """Where each thread of this process stands, by name, as a traceback without an error.
+
+    >>> "stacks" in stacks()["MainThread"]
+    True
+    """
+    frames = sys._current_frames()
+    return {
+        thread.name: "".join(traceback.format_stack(frames[thread.ident]))
+        for thread in threading.enumerate()
+        if thread.ident in frames
+    }
