@@ -1,5 +1,7 @@
 """RolloutEngine: vLLM inside the trainer's own processes. Generate, sync weights, close."""
 
+import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,7 +41,8 @@ class RolloutEngine:
         config: the same on every rank.
 
     Raises:
-        ValueError: if the tensor-parallel size does not divide the world or the model's heads.
+        ValueError: if the tensor-parallel size does not divide the world or the model's heads, or the ranks of a group
+            were given different models or configs.
 
     Example, as a script for `torchrun --nproc_per_node=2`:
 
@@ -58,6 +61,8 @@ class RolloutEngine:
         self._watch = self._watching.enter_context(watched(stall_timeout_s=self.config.stall_timeout_s))
         last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
         self._agreement = Agreement(self._group, last_words)
+        self._process = os.getpid()
+        self._check_same_config()
         with preserved_trainer_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
             # Imported here: it takes seconds, which a config error must not; and it writes into the environment.
@@ -69,6 +74,7 @@ class RolloutEngine:
         self._num_phases = 0
         self._version = UNSYNCED
         self._state = "idle"
+        self._calling = threading.Lock()
         self._metrics: dict[str, float] = {}
 
     @property
@@ -125,14 +131,14 @@ class RolloutEngine:
         """
         sampling = sampling or SamplingConfig()
         seed = self._num_phases if seed is None else seed
-        self._check_usable()
-        ours = [self._token_ids(prompt) for prompt in prompts]
-        prompts_of_ranks = self._share(ours, sampling, seed)
-        self._check_prompts(prompts_of_ranks, sampling)
-        everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
-        with self._exclusively("generating"):
-            collected = self._collected = self._run(everyones, sampling, seed)
-        self._num_phases += 1
+        with self._one_caller():
+            ours = [self._token_ids(prompt) for prompt in prompts]
+            prompts_of_ranks = self._share(ours, sampling, seed)
+            self._check_prompts(prompts_of_ranks, sampling)
+            everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
+            with self._busy("generating"):
+                collected = self._collected = self._run(everyones, sampling, seed)
+            self._num_phases += 1
         rank = dist.get_rank(self._group)
         before = sum(len(of_rank) for of_rank in prompts_of_ranks[:rank]) * sampling.n
         return pack(ours, sampling.n, collected, slice(before, before + len(ours) * sampling.n), self._version)
@@ -150,7 +156,7 @@ class RolloutEngine:
         """
         if version < 0:
             raise ValueError(f"version is {version}; it must be at least 0")
-        with self._exclusively("syncing weights"):
+        with self._one_caller(), self._busy("syncing weights"):
             report = sync_policy(self._core, policy, version)
         self._version = version
         return report
@@ -172,8 +178,10 @@ class RolloutEngine:
         """
         if self._state != "closed":
             self._state = "closed"
-            self._core.close(self.config.shutdown_timeout_s)
-            self._watching.close()
+            try:
+                self._core.close(self.config.shutdown_timeout_s)
+            finally:
+                self._watching.close()
 
     def __enter__(self) -> "RolloutEngine":
         return self
@@ -231,14 +239,39 @@ class RolloutEngine:
                         f"{sampling.max_tokens}): shorten the prompt or raise rollout.max_model_len"
                     )
 
+    def _check_same_config(self) -> None:
+        everyones: list[Any] = [None] * self.tensor_parallel_size
+        dist.all_gather_object(everyones, (self.model, self.config), group=self._group)
+        for rank, theirs in enumerate(everyones):
+            if theirs != everyones[0]:
+                raise ValueError(
+                    f"rank {rank} of the tensor-parallel group builds its engine from {theirs}, rank 0 from "
+                    f"{everyones[0]}: pass the same on every rank, the seed included"
+                )
+
     def _check_usable(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"the rollout engine belongs to process {self._process}; this is a fork of it, {os.getpid()}, without "
+                "its threads and connections: generate in the process that built it"
+            )
         if self._state != "idle":
             raise RuntimeError(f"the rollout engine is {self._state}: build a new one, or wait for the call under way")
 
     @contextmanager
-    def _exclusively(self, doing: str) -> Iterator[None]:
-        """One thing at a time; an error on the way leaves the engine unusable rather than half-way."""
+    def _one_caller(self) -> Iterator[None]:
+        """One thread at a time, and only in a usable engine."""
         self._check_usable()
+        if not self._calling.acquire(blocking=False):
+            raise RuntimeError("the rollout engine is in use on another thread: call it from one thread at a time")
+        try:
+            yield
+        finally:
+            self._calling.release()
+
+    @contextmanager
+    def _busy(self, doing: str) -> Iterator[None]:
+        """Work that an error leaves half done: the engine is unusable then."""
         self._state = doing
         try:
             with self._watch.busy(doing):

@@ -31,7 +31,7 @@ from rollout.backend.attention import replace_attention
 from rollout.backend.execute_thread import ExecuteThread
 from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
 from rollout.backend.shared_memory import unlink_shared_memory
-from rollout.backend.worker import load_policy_weights
+from rollout.backend.worker import load_policy_weights, unlink_broadcast_queue
 from rollout.isolation import preserved_random_state, preserved_trainer_state
 from rollout.world import init_world
 
@@ -144,6 +144,7 @@ class TorchrunExecutor(Executor):
 
     def compile_or_warm_up_model(self) -> None:
         super().compile_or_warm_up_model()
+        unlink_broadcast_queue()
         if current_platform.is_cpu() and not self.simulated:
             self.thread.run(self._adapt_cpu_runner)
 

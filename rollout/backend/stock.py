@@ -10,6 +10,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from rollout.backend.core import GIB
 from rollout.backend.shared_memory import unlink_shared_memory
+from rollout.backend.worker import unlink_broadcast_queue
 
 SIMULATED_WORKER = "rollout.backend.simulated.SimulatedWorker"
 
@@ -52,6 +53,7 @@ class StockEngine:
             **more,
         )
         unlink_shared_memory(job)
+        unlink_broadcast_queue()
         self._core = self._llm.llm_engine.engine_core.engine_core
         self._steps: list[tuple[float, int, int]] = []
         self._note_steps()

@@ -1,11 +1,28 @@
 """Glue to vLLM's worker: what runs on the execute thread, with the worker at hand."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.worker.worker_base import WorkerBase
+
+
+def unlink_broadcast_queue() -> None:
+    """Remove the names of the broadcast queue that vLLM makes for a tensor-parallel group: memory, 25 MB, and sockets.
+
+    Every rank has them open by now, and nothing here sends anything through them. vLLM would remove the memory's name
+    when the queue is freed, and the sockets' never; a process that is ended leaves both.
+    """
+    queue = get_tp_group().mq_broadcaster
+    if queue is None or queue.buffer is None or not queue.buffer.is_creator:
+        return
+    queue.buffer.shared_memory.unlink()
+    queue.buffer.is_creator = False  # or vLLM would do it again
+    for address in (queue.handle.local_subscribe_addr, queue.handle.local_notify_addr):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 @torch.inference_mode()

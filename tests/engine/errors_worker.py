@@ -1,6 +1,7 @@
 """One process: what an exception on the execute thread does, and misuse; results to OUT/rank0.json."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -44,6 +45,32 @@ def failure(call) -> dict:
     return {"type": None}
 
 
+def during_a_phase(engine: RolloutEngine) -> list[dict]:
+    """What another thread is told while this one generates."""
+    told: list[dict] = []
+
+    def other() -> None:
+        while engine._state != "generating":
+            time.sleep(0.001)
+        told.append(failure(lambda: engine.generate(PROMPTS, SAMPLING)))
+        told.append(failure(lambda: engine.sync_weights(None, version=0)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    engine.generate(PROMPTS * 8, SamplingConfig(max_tokens=100, ignore_eos=True))
+    thread.join()
+    return told
+
+
+def in_a_fork(call, out: Path) -> dict:
+    pid = os.fork()
+    if pid == 0:
+        (out / "fork.json").write_text(json.dumps(failure(call)))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return json.loads((out / "fork.json").read_text())
+
+
 def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
     results = {}
@@ -53,6 +80,9 @@ def main() -> None:
     results["version"] = failure(lambda: engine.sync_weights(None, version=-1))
     results["no_prompts"] = len(engine.generate([], SAMPLING))
     results["still_usable"] = len(engine.generate(PROMPTS, SAMPLING))
+    results["while_generating"] = during_a_phase(engine)
+    results["in_a_fork"] = in_a_fork(lambda: engine.generate(PROMPTS, SAMPLING), out)
+    results["usable_after_misuse"] = len(engine.generate(PROMPTS, SAMPLING))
     raises_in_step(engine, step=5)
     results["planted"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
     results["after_failure"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))

@@ -64,3 +64,15 @@ def test_no_prompts_give_an_empty_batch(results: dict) -> None:
 
 def test_an_engine_can_be_built_after_one_was_closed(results: dict) -> None:
     assert results["rebuilt"] == 8
+
+
+def test_a_second_thread_is_refused_and_the_phase_goes_on(results: dict) -> None:
+    generate, sync = results["while_generating"]
+    assert generate["type"] == sync["type"] == "RuntimeError"
+    assert "is generating" in generate["message"] and "is generating" in sync["message"]
+
+
+def test_a_fork_is_refused(results: dict) -> None:
+    assert results["in_a_fork"]["type"] == "RuntimeError"
+    assert "this is a fork of it" in results["in_a_fork"]["message"]
+    assert results["usable_after_misuse"] == 8

@@ -167,6 +167,7 @@ SURFACE = {
 
 # What our code reads of objects that vLLM makes: fields of its data classes.
 FIELDS = {
+    ("vllm.distributed.device_communicators.shm_broadcast", "Handle"): ["local_subscribe_addr", "local_notify_addr"],
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadata"): [
         "num_actual_tokens",
         "query_start_loc",
@@ -250,6 +251,9 @@ FIELDS = {
 
 # Attributes that vLLM sets in __init__: found in the source of the class.
 SET_IN_INIT = {
+    ("vllm.distributed.parallel_state", "GroupCoordinator"): ["mq_broadcaster"],
+    ("vllm.distributed.device_communicators.shm_broadcast", "ShmRingBuffer"): ["is_creator", "shared_memory"],
+    ("vllm.distributed.device_communicators.shm_broadcast", "MessageQueue"): ["buffer", "handle"],
     ("vllm.model_executor.layers.attention", "Attention"): ["impl", "kv_cache_torch_dtype"],
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl"): [
         "num_heads",

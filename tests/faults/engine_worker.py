@@ -3,6 +3,7 @@
 torchrun --nproc_per_node=2 engine_worker.py MODEL OUT HOW
 """
 
+import os
 import sys
 import threading
 import time
@@ -44,7 +45,9 @@ def goes_wrong(engine: RolloutEngine, out: Path, how: str) -> None:
 
 def main() -> None:
     model, out, how = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    with watched(out, CONFIG.stall_timeout_s), RolloutEngine(model, CONFIG) as engine:
+    (out / "start").write_text(repr(time.time()))
+    config = replace(CONFIG, seed=int(os.environ["RANK"])) if how == "config" else CONFIG
+    with watched(out, CONFIG.stall_timeout_s), RolloutEngine(model, config) as engine:
         engine.generate(PROMPTS, SAMPLING)
         (out / "start").write_text(repr(time.time()))
         if engine.world.rank == 1:
