@@ -33,7 +33,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup model ppo bench test lint types lock clean
+.PHONY: help setup model ppo bench faults test lint types lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,9 @@ ppo: $(READY) $(MODEL) ## train the default model with PPO
 
 bench: $(READY) $(MODEL) ## rollout throughput, stock vLLM and ours in turns (ARGS="--simulate-step-ms 12" without a GPU)
 	$(BIN)/python scripts/bench_rollout.py $(ARGS)
+
+faults: $(READY) $(MODEL) ## break ranks on purpose, and see every one of them end
+	$(BIN)/python -m pytest tests/faults --durations=0 $(ARGS)
 
 test: $(READY) $(MODEL) ## every test, the quick ones first
 	$(BIN)/python -m pytest $(ARGS)
