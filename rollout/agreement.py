@@ -120,7 +120,8 @@ class Agreement:
         if self._board.stop[0]:
             self._explain()
         if record.step + 1 - self._checked >= self._every:
-            self._compare(record.step + 1)
+            self._compare(self._checked, record.step + 1)
+            self._checked = record.step + 1
 
     def check(self) -> None:
         """For whoever waits for a step: see whether another rank has found a difference.
@@ -138,12 +139,15 @@ class Agreement:
             RanksDisagree: if anything in the phase differed.
             TimeoutError: if a rank does not come.
         """
-        self._compare(self._step)
         done, deadline = self._board.done, time.monotonic() + FINISH_TIMEOUT_S
         done[self._rank, 1] = self._rolling
         done[self._rank, 0] = self._step + 1  # behind the digest that it announces
-        while (done[:, 0] <= self._step).any():
+        while True:
+            # Again and again: the others' last steps come while this one waits.
+            self._compare(self._first_step_of_phase, self._step)
             self.check()
+            if (done[:, 0] > self._step).all():
+                break
             if time.monotonic() > deadline:
                 late = [self._ranks[index] for index in np.flatnonzero(done[:, 0] <= self._step)]
                 raise TimeoutError(f"rank {late[0]} did not end the phase within {FINISH_TIMEOUT_S:g} s")
@@ -151,16 +155,15 @@ class Agreement:
         here = done[:, 0] == self._step + 1  # a rank may be a phase ahead by now
         if (done[here, 1] != self._rolling).any():
             self._explain()
-        self._first_step_of_phase = self._step
+        self._first_step_of_phase = self._checked = self._step
 
     def _write(self, step: int, kind: int, digest: int) -> None:
         self._rolling = zlib.crc32(digest.to_bytes(4, "little"), self._rolling)
         # One word, so that no reader sees the number of one step with the digest of another.
         self._board.words[self._rank, step % SLOTS, kind] = (step + 1) % 2**STEP_BITS << DIGEST_BITS | digest
 
-    def _compare(self, end: int) -> None:
-        steps = np.arange(max(self._checked, end - SLOTS), end)
-        self._checked = end
+    def _compare(self, start: int, end: int) -> None:
+        steps = np.arange(max(start, end - SLOTS), end)
         words = self._board.words[:, steps % SLOTS]
         ours = words[self._rank]
         same_step = words >> DIGEST_BITS == ours >> DIGEST_BITS  # the others may be behind, or far ahead

@@ -108,9 +108,9 @@ def cost(group: Group, rows: int = 512, steps: int = 2000) -> float:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    before = set(Path("/dev/shm").glob("rollout-agreement-*"))
     group = Group()
     found: dict = {
-        "named": [path.name for path in Path("/dev/shm").glob("rollout-agreement-*")],
         "equal": [phase(group, None, 0) for _ in range(3)],
         "long": phase(group, None, 0, steps=SLOTS + 100),
         "cost": cost(group),
@@ -122,6 +122,8 @@ def main() -> None:
     found["last"] = phase(Group(), "token", at=STEPS - 1)
     found["behind"] = behind(Group())
     found["silent"] = silent(Group())
+    dist.barrier()
+    found["named"] = [path.name for path in set(Path("/dev/shm").glob("rollout-agreement-*")) - before]
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
