@@ -36,7 +36,7 @@ def test_an_exception_on_one_execute_thread(tiny_model_path: Path, tmp_path: Pat
 
 def test_a_step_that_never_ends(tiny_model_path: Path, tmp_path: Path) -> None:
     _, seconds, failure = run(tiny_model_path, tmp_path, "hang")
-    assert seconds < 4.0 + 10.0
+    assert seconds < 15.0 + 10.0
     assert "made no progress for" in failure["error"] and "while generating" in failure["error"]
     assert "in execute_model" in failure["stacks"]["1"]["execute-rank1"], "where it hangs"
 
