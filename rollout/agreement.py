@@ -117,8 +117,7 @@ class Agreement:
         record.request_ids, record.token_ids, record.logprobs = update.request_ids, update.token_ids, update.logprobs
         digest = zlib.crc32(update.logprobs.tobytes(), zlib.crc32(update.token_ids.tobytes()))
         self._write(record.step, SAMPLED, digest)
-        if self._board.stop[0]:
-            self._explain()
+        self.check()
         if record.step + 1 - self._checked >= self._every:
             self._compare(self._checked, record.step + 1)
             self._checked = record.step + 1

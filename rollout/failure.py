@@ -45,6 +45,7 @@ class Failure:
 
     Attributes:
         rank: of the whole job.
+        host: its machine.
         thread: its name.
         error: type and message.
         traceback: as Python prints it; of a stall, where the main thread stood.
@@ -147,7 +148,6 @@ class Watch:
                 failure = Failure(**json.loads(self._store.get(f"{self._prefix}/first")))
             except dist.DistError as error:
                 self._launcher_is_gone(error)
-                continue
             self._end(failure)
 
     def _look_for_stall(self) -> None:
@@ -158,12 +158,12 @@ class Watch:
             story = f"{stacks()['MainThread']}Stalled: {error}\n"
             self._tell(self._failure(error, story, "MainThread"))
 
-    def _launcher_is_gone(self, error: Exception) -> None:
+    def _launcher_is_gone(self, error: Exception) -> NoReturn:
         """The store is torchrun's: without it nobody would end this rank if another one failed."""
         print(f"rank {self._rank}: ended, because the job's store is gone: {error}", file=sys.stderr, flush=True)
         _exit()
 
-    def _end(self, failure: Failure) -> None:
+    def _end(self, failure: Failure) -> NoReturn:
         """Say what happened and where everybody stands, then end this process."""
         noticed = time.monotonic()
         ours = failure.rank == self._rank
@@ -243,11 +243,6 @@ def watched(folder: Path | None = None, stall_timeout_s: float = 600.0) -> Itera
         watch.close()
         threading.excepthook = previous[1]
         _watch = None
-
-
-def current_watch() -> Watch | None:
-    """The watch of this process, if there is one."""
-    return _watch
 
 
 def _exit() -> NoReturn:
