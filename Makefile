@@ -49,7 +49,7 @@ bench: $(READY) $(MODEL) ## rollout throughput, stock vLLM and ours in turns (AR
 	$(BIN)/python scripts/bench_rollout.py $(ARGS)
 
 faults: $(READY) $(MODEL) ## break ranks on purpose, and see every one of them end
-	$(BIN)/python -m pytest tests/faults --durations=0 $(ARGS)
+	$(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 test: $(READY) $(MODEL) ## every test, the quick ones first
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,7 +11,7 @@ from rollout.types import Prompt, Rollout, RolloutBatch
 if TYPE_CHECKING:
     from rollout.agreement import RanksDisagree
     from rollout.engine import RolloutEngine
-    from rollout.failure import watched
+    from rollout.failure import Watch, beat, watched
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, write_trace
     from rollout.weights import SyncReport
@@ -26,7 +26,9 @@ __all__ = [
     "RolloutEngine",
     "SamplingConfig",
     "SyncReport",
+    "Watch",
     "World",
+    "beat",
     "init_world",
     "merge_groups",
     "merge_traces",
@@ -39,7 +41,9 @@ _LAZY = {
     "RanksDisagree": "rollout.agreement",
     "RolloutEngine": "rollout.engine",
     "SyncReport": "rollout.weights",
+    "Watch": "rollout.failure",
     "World": "rollout.world",
+    "beat": "rollout.failure",
     "init_world": "rollout.world",
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",

@@ -50,6 +50,7 @@ class Record:
 
     Attributes:
         counts: scheduled tokens by request.
+        positions: (requests,) int64, of the first of them, in the same order.
         request_ids: the requests that got a token; None until then.
         token_ids: (k,) int32, theirs.
         logprobs: (k,) float32, theirs.
@@ -57,6 +58,7 @@ class Record:
 
     step: int
     counts: Mapping[str, int]
+    positions: np.ndarray
     request_ids: list[str] | None = None
     token_ids: np.ndarray | None = None
     logprobs: np.ndarray | None = None
@@ -88,11 +90,12 @@ class Agreement:
         self._order: Sequence[str] | None = None
         self._order_digest = 0
 
-    def scheduled(self, counts: Mapping[str, int], order: Sequence[str] | None = None) -> None:
+    def scheduled(self, counts: Mapping[str, int], positions: np.ndarray, order: Sequence[str] | None = None) -> None:
         """Note the next step's schedule.
 
         Args:
             counts: tokens by request, in the scheduler's order.
+            positions: (requests,) int64, in its sequence, of the first of each request's tokens.
             order: the requests, if each has one token; a list that is never changed in place.
         """
         if order is None:
@@ -101,10 +104,10 @@ class Agreement:
             if order is not self._order:
                 self._order, self._order_digest = order, zlib.crc32(repr(list(order)).encode())
             digest = self._order_digest
-        record = Record(self._step, counts)
+        record = Record(self._step, counts, positions)
         self._records.append(record)
         self._waiting.append(record)
-        self._write(self._step, SCHEDULED, digest)
+        self._write(self._step, SCHEDULED, zlib.crc32(positions.tobytes(), digest))
         self._step += 1
 
     def sampled(self, update: Update) -> None:
@@ -123,13 +126,22 @@ class Agreement:
             self._checked = record.step + 1
 
     def check(self) -> None:
-        """For whoever waits for a step: see whether another rank has found a difference.
+        """See whether another rank has found a difference.
 
         Raises:
             RanksDisagree: if so.
         """
         if self._board.stop[0]:
             self._explain()
+
+    def look(self) -> None:
+        """For whoever waits long for a step, which may hang for a difference: see whether there is one.
+
+        Raises:
+            RanksDisagree: if so.
+        """
+        self.check()
+        self._compare(self._checked, self._step)
 
     def finish(self) -> None:
         """End a phase; all ranks, which wait for each other here.
@@ -224,7 +236,8 @@ def shared_board(group: dist.ProcessGroup, ranks: int) -> Board:
 def describe(records: Mapping[int, Sequence[Record]], first_step_of_phase: int) -> str:
     """What differs first between the records of the ranks, as a sentence.
 
-    >>> ours, theirs = (Record(3, {"7": 1}, ["7"], np.array([token]), np.array([-0.5])) for token in (11, 12))
+    >>> schedule = {"counts": {"7": 1}, "positions": np.array([40]), "request_ids": ["7"]}
+    >>> ours, theirs = (Record(3, **schedule, token_ids=np.array([t]), logprobs=np.array([-0.5])) for t in (11, 12))
     >>> describe({0: [ours], 1: [theirs]}, first_step_of_phase=0)
     'the ranks of the tensor-parallel group no longer do the same: step 3 of the phase, request 7: \
 token 11 with log-prob -0.5 on rank 0, token 12 with log-prob -0.5 on rank 1. ...'
@@ -252,6 +265,10 @@ def _difference(ranks: Sequence[int], records: Sequence[Record]) -> str | None:
             return f"request {request_id}: {_by_rank(ranks, [f'{count} tokens scheduled' for count in counts])}"
     if len({tuple(record.counts) for record in records}) > 1:
         return f"all requests: {_by_rank(ranks, ['in the order ' + _some(record.counts) for record in records])}"
+    for index, request_id in enumerate(requests):
+        positions = [int(record.positions[index]) for record in records]
+        if len(set(positions)) > 1:
+            return f"request {request_id}: {_by_rank(ranks, [f'a token at position {each}' for each in positions])}"
     if any(record.request_ids is None for record in records):
         return None
     outcomes = [_outcomes(record) for record in records]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rollout.agreement import Agreement
+from rollout.agreement import Agreement, RanksDisagree
 from rollout.throughput import EXECUTE, PhaseTimeline
 
 STOP, LENGTH = 0, 1
-LOOK_AGAIN_S = 0.5  # how soon who waits for a step hears that the ranks disagree
+LOOK_AGAIN_S = 0.5  # how soon who waits for a step looks whether the ranks disagree
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Collected:
 
         Raises:
             RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
+            FloatingPointError: if a log-prob is no finite number.
         """
         for index, reason in update.finished:
             if reason not in (STOP, LENGTH):
@@ -65,6 +66,13 @@ class Collected:
                     f"sequence {update.request_ids[index]} ended for reason {reason} of vLLM's FinishReason: "
                     "its tokens are not usable"
                 )
+        if not np.isfinite(update.logprobs).all():
+            index = int(np.flatnonzero(~np.isfinite(update.logprobs))[0])
+            row = int(update.request_ids[index])
+            raise FloatingPointError(
+                f"token {self.lengths[row]} of sequence {row} has the log-prob {update.logprobs[index]}: the model's "
+                "logits are not finite; look at the weights that were synced last"
+            )
         rows = self._rows_of(update.request_ids)
         positions = self.lengths[rows]
         self.token_ids[rows, positions] = update.token_ids
@@ -117,6 +125,7 @@ def drive(
     Raises:
         RanksDisagree: if another rank scheduled or sampled something else.
         RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
+        FloatingPointError: if a log-prob is no finite number.
         Exception: whatever the execute thread raised, with its traceback.
     """
     scheduler, executor, timeline = core.scheduler, core.executor, phase.timeline
@@ -131,7 +140,8 @@ def drive(
                 begin = perf_counter()
                 scheduled = scheduler.schedule()
                 core.groups.after_schedule()
-                agreement.scheduled(scheduled.num_scheduled_tokens, getattr(scheduled, "order", None))
+                order = getattr(scheduled, "order", None)
+                agreement.scheduled(scheduled.num_scheduled_tokens, scheduler.positions(scheduled), order)
                 live, tokens = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
                 timeline.record_schedule(step, begin, perf_counter(), live, tokens)
                 in_flight.append((step, scheduled, executor.submit_step(scheduled)))
@@ -147,7 +157,7 @@ def drive(
                 # The execute thread may still be preparing the next step; two threads at work at once would hand the
                 # interpreter's lock to and fro, and both be late.
                 while not in_flight[-1][2].launched.wait(LOOK_AGAIN_S):
-                    agreement.check()
+                    agreement.look()
             arrived = perf_counter()
             timeline.record_wait(number, begin, arrived)
             if future.device_span is not None:
@@ -157,6 +167,11 @@ def drive(
             collected.add(update)
             beat()
             timeline.record_update(number, arrived, perf_counter())
+    except RanksDisagree:
+        raise
+    except Exception:
+        agreement.look()  # ranks that run different steps spoil each other's numbers: that is then what to say
+        raise
     finally:
         executor.observer = None
     phase.seconds = perf_counter() - start
@@ -164,10 +179,10 @@ def drive(
 
 
 def wait_for(future: Any, agreement: Agreement) -> Any:
-    """The step's output. A rank that has found a difference schedules no more, and this one would wait for ever.
+    """The step's output. Ranks that run different steps wait for each other for ever, unless one looks.
 
     Raises:
-        RanksDisagree: if another rank has found a difference meanwhile.
+        RanksDisagree: if this rank or another has found a difference meanwhile.
         Exception: whatever the execute thread raised.
     """
     while True:
@@ -176,4 +191,4 @@ def wait_for(future: Any, agreement: Agreement) -> Any:
         except TimeoutError:
             if future.done():  # in this very moment, or the timeout is the step's own
                 return future.result()
-            agreement.check()
+            agreement.look()

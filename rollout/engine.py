@@ -1,9 +1,8 @@
 """RolloutEngine: vLLM inside the trainer's own processes. Generate, sync weights, close."""
 
-import os
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from rollout.agreement import EXPLANATION_TIMEOUT_S, Agreement
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.driver import Collected, Phase, drive
 from rollout.failure import watched
+from rollout.fence import Fence, no_backward
 from rollout.isolation import preserved_trainer_state
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Prompt, RolloutBatch
@@ -57,25 +57,17 @@ class RolloutEngine:
         self.world: World = init_world()
         self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
         self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
-        self._watching = ExitStack()
-        self._watch = self._watching.enter_context(watched(stall_timeout_s=self.config.stall_timeout_s))
-        last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
-        self._agreement = Agreement(self._group, last_words)
-        self._process = os.getpid()
-        self._check_same_config()
-        with preserved_trainer_state(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
-            # Imported here: it takes seconds, which a config error must not; and it writes into the environment.
-            from rollout.backend.core import build_core
-
-            self._core = build_core(model, self.tensor_parallel_size, self.config, self.world.device.type == "cuda")
         self._phase: Phase | None = None
         self._collected: Collected | None = None
         self._num_phases = 0
         self._version = UNSYNCED
-        self._state = "idle"
-        self._calling = threading.Lock()
+        self._synced: Callable[[], nn.Module | None] = lambda: None  # a weak reference
         self._metrics: dict[str, float] = {}
+        with ExitStack() as watching:
+            self._watch = watching.enter_context(watched(stall_timeout_s=self.config.stall_timeout_s))
+            self._fence = Fence(self._watch, self.world.size)
+            self._build()
+            self._watching = watching.pop_all()
 
     @property
     def version(self) -> int:
@@ -100,9 +92,13 @@ class RolloutEngine:
         return AutoTokenizer.from_pretrained(self.model)
 
     def digest(self) -> str:
-        """Of all tokens and log-probs of the last `generate`, the whole group's: equal on each of its ranks."""
+        """Of all tokens and log-probs of the last `generate`, the whole group's: equal on each of its ranks.
+
+        Raises:
+            RuntimeError: if there was none, or it was interrupted.
+        """
         if self._collected is None:
-            raise RuntimeError("nothing was generated yet: call generate first")
+            raise RuntimeError(f"nothing was generated, and the rollout engine is {self._fence.state}: call generate")
         return self._collected.digest()
 
     def describe(self) -> dict[str, Any]:
@@ -131,12 +127,12 @@ class RolloutEngine:
         """
         sampling = sampling or SamplingConfig()
         seed = self._num_phases if seed is None else seed
-        with self._one_caller():
+        with self._fence.one_caller():
             ours = [self._token_ids(prompt) for prompt in prompts]
             prompts_of_ranks = self._share(ours, sampling, seed)
             self._check_prompts(prompts_of_ranks, sampling)
             everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
-            with self._busy("generating"):
+            with self._fence.busy("generating"), no_backward(self._synced()):
                 collected = self._collected = self._run(everyones, sampling, seed)
             self._num_phases += 1
         rank = dist.get_rank(self._group)
@@ -156,9 +152,9 @@ class RolloutEngine:
         """
         if version < 0:
             raise ValueError(f"version is {version}; it must be at least 0")
-        with self._one_caller(), self._busy("syncing weights"):
+        with self._fence.one_caller(), self._fence.busy("syncing weights"):
             report = sync_policy(self._core, policy, version)
-        self._version = version
+        self._version, self._synced = version, weakref.ref(policy)
         return report
 
     @contextmanager
@@ -167,17 +163,17 @@ class RolloutEngine:
 
         Today nothing is put to sleep outside of it; the bracket marks where the engine may be used.
         """
-        self._check_usable()
+        self._fence.check()
         yield self
 
     def close(self) -> None:
         """Stop the execute thread and free the engine. The process group stays as it is. Safe to call twice.
 
         Raises:
+            RuntimeError: if another thread is in a call.
             TimeoutError: if the execute thread does not end within `config.shutdown_timeout_s`.
         """
-        if self._state != "closed":
-            self._state = "closed"
+        if self._fence.close():
             try:
                 self._core.close(self.config.shutdown_timeout_s)
             finally:
@@ -192,9 +188,22 @@ class RolloutEngine:
             self._watch.report(error)
         self.close()
 
+    def _build(self) -> None:
+        last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
+        self._agreement = Agreement(self._group, last_words)
+        self._check_same_config()
+        with preserved_trainer_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
+            # Imported here: it takes seconds, which a config error must not; and it writes into the environment.
+            from rollout.backend.core import build_core
+
+            on_cuda = self.world.device.type == "cuda"
+            self._core = build_core(self.model, self.tensor_parallel_size, self.config, on_cuda)
+
     def _run(self, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: int) -> Collected:
         from rollout.backend.core import make_requests
 
+        self._collected = None  # nothing of the last phase passes for this one's, should it be interrupted
         requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
@@ -248,40 +257,6 @@ class RolloutEngine:
                     f"rank {rank} of the tensor-parallel group builds its engine from {theirs}, rank 0 from "
                     f"{everyones[0]}: pass the same on every rank, the seed included"
                 )
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"the rollout engine belongs to process {self._process}; this is a fork of it, {os.getpid()}, without "
-                "its threads and connections: generate in the process that built it"
-            )
-        if self._state != "idle":
-            raise RuntimeError(f"the rollout engine is {self._state}: build a new one, or wait for the call under way")
-
-    @contextmanager
-    def _one_caller(self) -> Iterator[None]:
-        """One thread at a time, and only in a usable engine."""
-        self._check_usable()
-        if not self._calling.acquire(blocking=False):
-            raise RuntimeError("the rollout engine is in use on another thread: call it from one thread at a time")
-        try:
-            yield
-        finally:
-            self._calling.release()
-
-    @contextmanager
-    def _busy(self, doing: str) -> Iterator[None]:
-        """Work that an error leaves half done: the engine is unusable then."""
-        self._state = doing
-        try:
-            with self._watch.busy(doing):
-                yield
-        except BaseException as error:
-            self._state = f"broken by {type(error).__name__} while {doing}"
-            if self.world.size > 1:  # whatever the caller makes of it, the other ranks wait for this one
-                self._watch.report(error)
-            raise
-        self._state = "idle"
 
 
 def pack(prompts: Sequence[np.ndarray], n: int, collected: Collected, rows: slice, version: int) -> RolloutBatch:

@@ -6,9 +6,12 @@ who does writes its traceback into the job's store (torchrun's own TCPStore, ove
 Then every rank adds where its threads stand, one of them writes all of it to RUN/failure.json, and the processes end,
 whatever their main threads are doing: the failed rank first, so that torchrun names it, and with exit code 1.
 
-A rank that stands still for `stall_timeout_s` while it should make progress counts as failed.
+A rank that stands still for `stall_timeout_s` while it should make progress counts as failed. So does one whose watch
+thread says nothing for as long: its process is stopped, or hangs in code that holds the interpreter's lock. Each rank
+listens to the next one, and who ends the job also ends the silent ranks of its machine, which could not do it.
 """
 
+import faulthandler
 import json
 import os
 import socket
@@ -16,12 +19,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import psutil
 import torch.distributed as dist
@@ -32,6 +35,9 @@ LOOK_S = 0.5  # between two looks at the store
 STACKS_S = 3.0  # for the ranks to say where they stand
 FAILED_RANK_ENDS_S = 4.0  # after it was noticed; torchrun then ends the others
 ALL_END_S = 8.0
+SILENCE = 0.8  # of the stall's time-out: who hangs is named before those who wait for it
+LAST_RESORT_S = 5.0  # after the stall's time-out; then C code ends a process whose interpreter cannot
+CLOSED = "closed"
 FILE = "failure.json"
 
 
@@ -65,7 +71,7 @@ class Watch:
 
     Args:
         folder: where FILE goes; None writes none.
-        stall_timeout_s: how long a busy rank may go without a `beat`.
+        stall_timeout_s: how long a busy rank may go without a `beat`, and any rank without a sign of life.
     """
 
     def __init__(self, folder: Path | None, stall_timeout_s: float) -> None:
@@ -76,6 +82,9 @@ class Watch:
         # A restarted job finds the store of the one before it.
         self._prefix = f"rollout/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._store = self._connect()
+        self._neighbour = (self._rank + 1) % self._size
+        self._heard, self._heard_at = "", time.monotonic()
+        self._store.set(f"{self._prefix}/process/{self._rank}", json.dumps(_this_process()))
         self._busy: str | None = None
         self._beat = time.monotonic()
         self._reported: BaseException | None = None
@@ -102,13 +111,14 @@ class Watch:
 
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
-        """Inside, this rank has to make progress."""
+        """Inside, this rank has to make progress. Inside another one, that one goes on at the end."""
+        before, self._busy = self._busy, doing
         self.beat()
-        self._busy = doing
         try:
             yield
         finally:
-            self._busy = None
+            self.beat()
+            self._busy = before
 
     def close(self) -> None:
         """End the watch. After a failure it goes on: it sees to it that this process ends."""
@@ -119,6 +129,9 @@ class Watch:
             return
         self._closing.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        with suppress(dist.DistError):
+            self._store.set(f"{self._prefix}/alive/{self._rank}", CLOSED)
 
     def has_told(self, error: BaseException | None) -> bool:
         """True if this very error was reported, and printed with it."""
@@ -143,6 +156,8 @@ class Watch:
         while not self._closing.wait(LOOK_S):
             self._look_for_stall()
             try:
+                if self._size > 1:
+                    self._give_and_take_signs_of_life()
                 if not self._store.check([f"{self._prefix}/first"]):
                     continue
                 failure = Failure(**json.loads(self._store.get(f"{self._prefix}/first")))
@@ -154,9 +169,44 @@ class Watch:
         doing, still = self._busy, time.monotonic() - self._beat
         if doing is not None and still > self._stall_timeout_s:
             self._busy = None
-            error = Stalled(f"rank {self._rank} made no progress for {still:.0f} s while {doing}")
+            error = Stalled(
+                f"rank {self._rank} made no progress for {still:.0f} s while {doing}; if it waits for another rank, "
+                "that one's stacks say why"
+            )
             story = f"{stacks()['MainThread']}Stalled: {error}\n"
             self._tell(self._failure(error, story, "MainThread"))
+
+    def _give_and_take_signs_of_life(self) -> None:
+        """Say that this rank is alive, and see that the next one does."""
+        self._store.add(f"{self._prefix}/alive/{self._rank}", 1)
+        if (stderr := _real_stderr()) is not None:
+            # A thread of C's own: it comes where an extension never gives the interpreter's lock back.
+            faulthandler.dump_traceback_later(self._stall_timeout_s + LAST_RESORT_S, exit=True, file=stderr)
+        key = f"{self._prefix}/alive/{self._neighbour}"
+        said = self._store.get(key).decode() if self._store.check([key]) else ""
+        if said != self._heard or said in ("", CLOSED):
+            self._heard, self._heard_at = said, time.monotonic()
+            return
+        silent = time.monotonic() - self._heard_at
+        if silent > SILENCE * self._stall_timeout_s:
+            process = self._process_of(self._neighbour)
+            error = (
+                f"Stalled: rank {self._neighbour} gave no sign of life for {silent:.0f} s: process {process['pid']} on "
+                f"{process['host']} is stopped, or hangs in code that holds the interpreter's lock"
+            )
+            self._tell(Failure(self._neighbour, process["host"], "rollout-watch", error, error + "\n", time.time()))
+
+    def _process_of(self, rank: int) -> dict[str, Any]:
+        return json.loads(self._store.get(f"{self._prefix}/process/{rank}"))
+
+    def _end_silent(self, ranks: Iterable[int]) -> None:
+        """Kill those of them that are processes of this machine."""
+        for rank in ranks:
+            with suppress(dist.DistError, psutil.Error):
+                process = self._process_of(rank)
+                there = psutil.Process(process["pid"]) if process["host"] == socket.gethostname() else None
+                if there is not None and there.create_time() == process["started"]:
+                    there.kill()
 
     def _launcher_is_gone(self, error: Exception) -> NoReturn:
         """The store is torchrun's: without it nobody would end this rank if another one failed."""
@@ -172,18 +222,22 @@ class Watch:
         else:
             line = f"rank {self._rank}: ended, because rank {failure.rank} failed: {failure.error.splitlines()[0]}"
             print(line, file=sys.stderr, flush=True)
+        silent: set[int] = set()
         try:
             self._store.set(f"{self._prefix}/stacks/{self._rank}", json.dumps(stacks()))
-            self._write(failure, self._everyones_stacks(noticed + STACKS_S))
+            said, silent = self._everyones_stacks(noticed + STACKS_S)
+            self._write(failure, said)
         except (dist.DistError, OSError) as error:
             print(f"rank {self._rank}: {FILE} is incomplete: {error}", file=sys.stderr, flush=True)
         self._told.set()
+        self._end_silent(silent & {failure.rank})
         # The main thread may be on its way out, cleaning up; if it makes it, this thread ends with the interpreter.
         time.sleep(max(0.0, noticed + (FAILED_RANK_ENDS_S if ours else ALL_END_S) - time.monotonic()))
+        self._end_silent(silent)
         _exit()
 
-    def _everyones_stacks(self, deadline: float) -> dict[str, Any]:
-        """By rank, then thread; of a rank that says nothing in time, what is known of it."""
+    def _everyones_stacks(self, deadline: float) -> tuple[dict[str, Any], set[int]]:
+        """By rank, then thread; and the ranks that say nothing in time."""
         keys = {rank: f"{self._prefix}/stacks/{rank}" for rank in range(self._size)}
         missing = set(keys)
         while missing and time.monotonic() < deadline:
@@ -191,7 +245,8 @@ class Watch:
             if missing:
                 time.sleep(LOOK_S / 5)
         said = {str(rank): json.loads(self._store.get(keys[rank])) for rank in keys if rank not in missing}
-        return said | {str(rank): f"said nothing within {STACKS_S:g} s" for rank in sorted(missing)}
+        said |= {str(rank): f"said nothing within {STACKS_S:g} s" for rank in sorted(missing)}
+        return said, missing
 
     def _write(self, failure: Failure, everyones: dict[str, Any]) -> None:
         if self._folder is None:
@@ -243,6 +298,24 @@ def watched(folder: Path | None = None, stall_timeout_s: float = 600.0) -> Itera
         watch.close()
         threading.excepthook = previous[1]
         _watch = None
+
+
+def beat() -> None:
+    """Note that this rank makes progress, if it is watched: for long work inside `Watch.busy`."""
+    if _watch is not None:
+        _watch.beat()
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _real_stderr() -> TextIO | None:
+    """Where C code can write; None in a notebook, whose stderr is no file."""
+    try:
+        return sys.stderr if sys.stderr.fileno() >= 0 else None
+    except (OSError, ValueError, AttributeError):
+        return sys.__stderr__
 
 
 def _exit() -> NoReturn:

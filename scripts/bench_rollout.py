@@ -53,7 +53,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-prompt-tokens", type=int, help="prompts are cut there; left out: the workload's")
     add("--repeats", type=int, default=5)
     add("--tensor-parallel-size", type=int, default=2, help="ranks of each system")
-    add("--systems", type=_systems, help=f"left out: {','.join(SYSTEMS)}, as far as this platform has them")
+    add("--systems", type=_systems, help=f"of {', '.join(LABELS)}; left out: all but the last")
     add("--simulate-step-ms", type=_numbers, default=[], metavar="MS[,MS...]", help="run on a simulated accelerator")
     add("--enforce-eager", action="store_true", help="no torch.compile and no CUDA graphs")
     add("--json", type=Path, help="write everything there")
@@ -271,7 +271,7 @@ def _systems(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in LABELS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no system; there are {', '.join(SYSTEMS)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is no system; there are {', '.join(LABELS)}")
     return names
 
 

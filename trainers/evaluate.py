@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from rollout import beat
 from trainers.batching import TrainBatch, microbatch_rows, unpack
 from trainers.policy import PolicyWithValue, reference_logprobs
 
@@ -43,6 +44,7 @@ def evaluate(
         _store(values, rows, output.values, part.response_mask)
         if reference is not None:
             _store(ref_logprobs, rows, reference_logprobs(reference, *inputs), part.response_mask)
+        beat()
     return replace(batch, logprobs=logprobs, values=values, ref_logprobs=None if reference is None else ref_logprobs)
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutBatch, RolloutEngine, World, init_world, merge_groups, watched
+from rollout import RolloutBatch, RolloutEngine, Watch, World, beat, init_world, merge_groups, watched
 from trainers.across_ranks import count_over_ranks, max_over_ranks, sum_over_ranks, undo_ddp_mean
 from trainers.advantages import gae, token_rewards, whiten
 from trainers.batching import TrainBatch, make_batch, unpack
@@ -70,8 +70,8 @@ def train(config: PPOConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     stream = prompt_stream(config, tokenizer, world)
     folder = agreed_run_folder(config, world)
-    with watched(folder, config.rollout.stall_timeout_s):
-        learn(config, world, stream, tokenizer, folder)
+    with watched(folder, config.rollout.stall_timeout_s) as watch:
+        learn(config, world, stream, tokenizer, folder, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
@@ -79,7 +79,12 @@ def train(config: PPOConfig) -> Path:
 
 
 def learn(
-    config: PPOConfig, world: World, stream: PromptStream, tokenizer: PreTrainedTokenizerBase, folder: Path
+    config: PPOConfig,
+    world: World,
+    stream: PromptStream,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    watch: Watch,
 ) -> None:
     """All steps of the run: generate, score, evaluate, update."""
     if world.is_main and config.run.progress:
@@ -89,23 +94,29 @@ def learn(
         RolloutEngine(config.model.path, config.rollout) as engine,
         Dashboard(folder, config.wandb, config.run, config.ppo.steps, world.is_main) as dashboard,
     ):
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            with dashboard.phase(name), watch.busy(f"in phase {name}"):
+                yield
+
         learner = make_learner(config, world)
         for step in range(config.ppo.steps):
             with timed_step(dashboard, step) as metrics:
                 examples = next(stream)
                 with engine.awake():
-                    with dashboard.phase("sync"):
+                    with phase("sync"):
                         metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
-                    with dashboard.phase("generate"):
+                    with phase("generate"):
                         prompts = [example.prompt_ids for example in examples]
                         rollouts = engine.generate(prompts, config.sampling, seed=step)
                         metrics |= rollout_metrics(engine)
-                with dashboard.phase("reward"):
+                with phase("reward"):
                     scores = score(rollouts, [example.answer for example in examples], tokenizer, config.reward)
-                with dashboard.phase("evaluate"):
+                with phase("evaluate"):
                     batch = with_targets(make_batch(rollouts, scores, world.device), learner, config)
                     metrics |= reward_metrics(batch) | logprob_gap(batch)
-                with dashboard.phase("optimize"):
+                with phase("optimize"):
                     metrics |= optimize(batch, learner, config, seed=step)
             if world.is_main:
                 write_samples(folder, step, examples, rollouts, scores.tolist(), tokenizer)
@@ -196,6 +207,7 @@ def ppo_update(minibatch: TrainBatch, learner: Learner, config: PPOConfig) -> di
         with nullcontext() if part is parts[-1] else learner.accelerator.no_sync(learner.ddp):
             loss, part_stats = ppo_loss(part, learner.ddp, config, num_tokens)
             learner.accelerator.backward(undo_ddp_mean(loss))
+            beat()
         stats = {name: stats.get(name, 0.0) + value for name, value in part_stats.items()}
     grad_norm = learner.accelerator.clip_grad_norm_(learner.ddp.parameters(), config.optimizer.max_grad_norm)
     if not torch.isfinite(grad_norm) and config.model.autocast != "fp16":

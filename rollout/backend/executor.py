@@ -29,6 +29,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rollout.backend.attention import replace_attention
 from rollout.backend.execute_thread import ExecuteThread
+from rollout.backend.refusals import refuse_different_settings, refuse_what_ranks_decide_alone
 from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
 from rollout.backend.shared_memory import unlink_shared_memory
 from rollout.backend.worker import load_policy_weights, unlink_broadcast_queue
@@ -104,6 +105,7 @@ class TorchrunExecutor(Executor):
                 "VLLM_ENABLE_V1_MULTIPROCESSING is 1, which puts the engine in a process of its own: set it to 0 "
                 "before vllm is imported (importing rollout.backend first does so)"
             )
+        refuse_what_ranks_decide_alone(self.vllm_config)
         # Some thirty places in vLLM look for this string; a class in its place would skip them all.
         self.parallel_config.distributed_executor_backend = "external_launcher"
         self._held: HeldStep | None = None
@@ -113,6 +115,7 @@ class TorchrunExecutor(Executor):
         self._seeds = np.random.default_rng(self.model_config.seed)
         with preserved_trainer_state():
             world = init_world()
+            refuse_different_settings(self.vllm_config)
             self.thread = ExecuteThread(f"execute-rank{world.rank}")
             self.thread.run(self._build_worker, world.rank, world.local_rank)
         asynchronous = self.vllm_config.additional_config.get("async_scheduling", True)

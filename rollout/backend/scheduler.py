@@ -34,9 +34,11 @@ class SteadyOutput(SchedulerOutput):
 
     Attributes:
         order: ids of the scheduled requests. Never changed in place, so that the same object means the same requests.
+        positions: (requests,) int64, of their tokens, each in its sequence.
     """
 
     order: list[str] = field(default_factory=list)
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,15 @@ class SteadyScheduler(Scheduler):
             self.num_steady_updates += 1
             return update
         return to_update(self.update_from_output(scheduler_output, model_runner_output).values())
+
+    def positions(self, scheduler_output: SchedulerOutput) -> np.ndarray:
+        """(requests,) int64: where in its sequence the first token of each scheduled request stands."""
+        if isinstance(scheduler_output, SteadyOutput):
+            return scheduler_output.positions
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        computed |= {request.req_id: request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs}
+        return np.array([computed[each] for each in scheduler_output.num_scheduled_tokens], np.int64)
 
     def settle(self) -> None:
         """Bring the Request objects up to date, for whoever wants to look at them between two steps."""
@@ -175,7 +186,7 @@ class SteadyScheduler(Scheduler):
         self.kv_cache_manager.new_step_starts()
         is_full = num_tokens >= batch.next_full[plan.rows]
         new_block_ids = self._allocate(batch, plan, needs_block, is_full)
-        output = self._steady_output(plan, num_computed_tokens.tolist(), new_block_ids)
+        output = self._steady_output(plan, num_computed_tokens, new_block_ids)
         if new_order:
             self.prev_step_scheduled_req_ids.clear()
             self.prev_step_scheduled_req_ids.update(plan.request_ids)
@@ -205,7 +216,7 @@ class SteadyScheduler(Scheduler):
         return new_block_ids
 
     def _steady_output(
-        self, plan: Plan, num_computed_tokens: list[int], new_block_ids: list[tuple[list[int], ...] | None]
+        self, plan: Plan, num_computed_tokens: np.ndarray, new_block_ids: list[tuple[list[int], ...] | None]
     ) -> SteadyOutput:
         assert self._batch is not None
         return SteadyOutput(
@@ -216,7 +227,7 @@ class SteadyScheduler(Scheduler):
                 new_token_ids=[],
                 all_token_ids={},
                 new_block_ids=new_block_ids,
-                num_computed_tokens=num_computed_tokens,
+                num_computed_tokens=num_computed_tokens.tolist(),
                 num_output_tokens=self._batch.num_output_tokens(plan.rows),
             ),
             num_scheduled_tokens=plan.num_scheduled_tokens.copy(),
@@ -229,6 +240,7 @@ class SteadyScheduler(Scheduler):
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
             ec_manager_metadata=self.encoder_cache_manager.get_manager_metadata(),
             order=plan.request_ids,
+            positions=num_computed_tokens,
         )
 
     def _take_steady(

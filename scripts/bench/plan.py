@@ -10,6 +10,7 @@ LABELS = {
     "stock_async": "stock vLLM, asynchronous",
     "ours_sync": "RolloutEngine, synchronous",
     "ours_async": "RolloutEngine, asynchronous",
+    "unchecked_async": "the same, without its checks of the ranks",  # only where --systems names it
 }
 # In the environment of every process of one system, and the name of its shared memory: torchrun puts each rank into a
 # session of its own, so that no process group holds them all.
@@ -53,7 +54,7 @@ class Settings:
     """What one system's processes are told before they start.
 
     Attributes:
-        system: one of SYSTEMS.
+        system: one of LABELS.
         prompts: JSON-lines file with the key "problem".
         largest_batch: of all turns to come: the KV cache holds it whole.
         memory_share: of a GPU's memory that this system may fill (CUDA only).

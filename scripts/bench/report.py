@@ -18,7 +18,12 @@ Row = dict[str, Any]
 
 # As in docs/metrics.md, less the "rollout/".
 OUR_METRICS = ("host_gap_fraction", "schedule_ms", "launch_ms", "wait_ms", "update_ms", "decode_steps", "preemptions")
-PAIRS = (("ours_async", "stock_sync"), ("ours_async", "stock_async"), ("ours_async", "ours_sync"))
+PAIRS = (
+    ("ours_async", "stock_sync"),
+    ("ours_async", "stock_async"),
+    ("ours_async", "ours_sync"),
+    ("ours_async", "unchecked_async"),
+)
 
 
 def decode_split(ends: np.ndarray, scheduled_tokens: np.ndarray, sequences: np.ndarray) -> tuple[float, int] | None:

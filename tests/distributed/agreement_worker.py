@@ -41,6 +41,7 @@ class Group:
         """Schedule and sample; `change` is what this rank does differently."""
         counts = dict.fromkeys(REQUESTS, 1)
         order: list[str] | None = REQUESTS
+        positions = np.full(6, 100 + number)
         token_ids, logprobs = np.arange(6, dtype=np.int32) + 10 * number, np.full(6, -0.5, np.float32)
         if change == "token":
             token_ids[3] += 1
@@ -51,11 +52,13 @@ class Group:
         if change == "missing":
             del counts["4"]
             order = list(counts)
-            token_ids, logprobs = np.delete(token_ids, 4), np.delete(logprobs, 4)
+            positions, token_ids, logprobs = (np.delete(array, 4) for array in (positions, token_ids, logprobs))
+        if change == "position":
+            positions[2] += 1
         if change == "order":
             order = REQUESTS[::-1]
             counts = dict.fromkeys(order, 1)
-        self.agreement.scheduled(counts, order)
+        self.agreement.scheduled(counts, positions, order)
         self.agreement.sampled(Update(list(order or counts), token_ids, logprobs))
 
 
@@ -85,7 +88,7 @@ def silent(group: Group) -> dict:
     found = phase(group, "token" if group.rank == 1 else None, at=3) if group.rank == 0 else {}
     if group.rank == 1:
         for number in range(STEPS):
-            group.agreement.scheduled(dict.fromkeys(REQUESTS, 1), REQUESTS)
+            group.agreement.scheduled(dict.fromkeys(REQUESTS, 1), np.full(6, 100), REQUESTS)
             group.agreement._waiting.clear()
             group.agreement._write(number, 1, 12345)
         time.sleep(8.0)
@@ -96,10 +99,11 @@ def cost(group: Group, rows: int = 512, steps: int = 2000) -> float:
     """Seconds a step."""
     order = [str(number) for number in range(rows)]
     counts = dict.fromkeys(order, 1)
+    positions = np.full(rows, 100)
     update = Update(order, np.zeros(rows, np.int32), np.zeros(rows, np.float32))
     start = time.perf_counter()
     for _ in range(steps):
-        group.agreement.scheduled(counts, order)
+        group.agreement.scheduled(counts, positions, order)
         group.agreement.sampled(update)
     seconds = time.perf_counter() - start
     group.agreement.finish()
@@ -115,7 +119,7 @@ def main() -> None:
         "long": phase(group, None, 0, steps=SLOTS + 100),
         "cost": cost(group),
     }
-    for change in ("token", "logprob", "count", "missing", "order"):
+    for change in ("token", "logprob", "count", "position", "missing", "order"):
         group = Group()
         phase(group, None, 0)  # steps are counted from the phase's beginning
         found[change] = phase(group, change, at=21)

@@ -30,6 +30,7 @@ def test_equal_ranks_run_on(ranks: list[dict]) -> None:
         ("token", "request 3: token 213 with log-prob -0.5 on rank 0, token 214 with log-prob -0.5 on rank 1"),
         ("logprob", "request 3: token 213 with log-prob -0.5 on rank 0, token 213 with log-prob -0.4999999"),
         ("count", "request 4: 1 tokens scheduled on rank 0, 2 tokens scheduled on rank 1"),
+        ("position", "request 2: a token at position 121 on rank 0, a token at position 122 on rank 1"),
         ("missing", "request 4: 1 tokens scheduled on rank 0, 0 tokens scheduled on rank 1"),
         ("order", "all requests: in the order 0, 1, 2, 3, 4, 5 on rank 0, in the order 5, 4, 3, 2, 1, 0 on rank 1"),
     ],

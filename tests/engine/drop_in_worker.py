@@ -1,6 +1,6 @@
 """vLLM's own LLM with our executor class, as the users of its external launcher write it.
 
-torchrun --nproc_per_node=2 drop_in_worker.py MODEL
+torchrun --nproc_per_node=2 drop_in_worker.py MODEL [FURTHER ARGUMENTS OF LLM, AS JSON; "RANK" STANDS FOR THE RANK]
 """
 
 import json
@@ -12,6 +12,11 @@ from rollout.backend.executor import TorchrunExecutor
 from vllm import LLM, SamplingParams  # isort: skip  (rollout.backend sets vLLM's environment first)
 
 
+def further_arguments() -> dict:
+    rank = os.environ.get("RANK", "0")
+    return json.loads(sys.argv[2].replace('"RANK"', rank)) if len(sys.argv) > 2 else {}
+
+
 def main() -> None:
     llm = LLM(
         sys.argv[1],
@@ -21,6 +26,7 @@ def main() -> None:
         max_model_len=128,
         kv_cache_memory_bytes=2**28,
         enforce_eager=True,
+        **further_arguments(),
     )
     core = llm.llm_engine.engine_core.engine_core
     prompts = [{"prompt_token_ids": [10 + i, 20, 30]} for i in range(20)]

@@ -8,6 +8,9 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig
 
 CONFIG = RolloutConfig(max_model_len=128, kv_cache_gib=0.25, enforce_eager=True, shutdown_timeout_s=5.0)
@@ -45,20 +48,26 @@ def failure(call) -> dict:
     return {"type": None}
 
 
-def during_a_phase(engine: RolloutEngine) -> list[dict]:
+def during_a_phase(engine: RolloutEngine, policy: torch.nn.Module) -> list[dict]:
     """What another thread is told while this one generates."""
     told: list[dict] = []
 
+    def backward() -> None:
+        policy(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
     def other() -> None:
-        while engine._state != "generating":
+        while engine._fence.state != "generating":
             time.sleep(0.001)
         told.append(failure(lambda: engine.generate(PROMPTS, SAMPLING)))
         told.append(failure(lambda: engine.sync_weights(None, version=0)))
+        told.append(failure(backward))
+        told.append(failure(engine.close))
 
     thread = threading.Thread(target=other)
     thread.start()
     engine.generate(PROMPTS * 8, SamplingConfig(max_tokens=100, ignore_eos=True))
     thread.join()
+    told.append(failure(backward))
     return told
 
 
@@ -80,11 +89,14 @@ def main() -> None:
     results["version"] = failure(lambda: engine.sync_weights(None, version=-1))
     results["no_prompts"] = len(engine.generate([], SAMPLING))
     results["still_usable"] = len(engine.generate(PROMPTS, SAMPLING))
-    results["while_generating"] = during_a_phase(engine)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    engine.sync_weights(policy, version=0)
+    results["while_generating"] = during_a_phase(engine, policy)
     results["in_a_fork"] = in_a_fork(lambda: engine.generate(PROMPTS, SAMPLING), out)
     results["usable_after_misuse"] = len(engine.generate(PROMPTS, SAMPLING))
     raises_in_step(engine, step=5)
     results["planted"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
+    results["digest_after_failure"] = failure(engine.digest)
     results["after_failure"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
     engine.close()
     engine.close()

@@ -49,3 +49,27 @@ def test_half_of_torchruns_variables_is_refused(small_vocabulary_model_path: Pat
     done = launch([WORKER, small_vocabulary_model_path], nproc=None, env={given: "1"})
     assert done.returncode != 0
     assert f"the environment has {given} but not" in done.stderr
+
+
+TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        ({"kv_transfer_config": TRANSFER}, "kv_transfer_config cannot be used in the ranks of a torchrun job"),
+        ({"scheduling_policy": "priority"}, "scheduling_policy='priority' cannot be used in the ranks"),
+    ],
+)
+def test_what_each_rank_would_decide_alone_is_refused(
+    small_vocabulary_model_path: Path, further: dict, words: str
+) -> None:
+    done = launch([WORKER, small_vocabulary_model_path, json.dumps(further)], nproc=None)
+    assert done.returncode != 0
+    assert words in done.stderr, done.stderr[-2000:]
+
+
+def test_ranks_with_other_settings_are_refused(small_vocabulary_model_path: Path) -> None:
+    done = launch([WORKER, small_vocabulary_model_path, '{"seed": "RANK"}'], nproc=2)
+    assert done.returncode != 0 and done.left_running == []
+    assert done.stderr.count("ValueError: seed is 1 on rank 1 and 0 on rank 0") == 2, done.stderr[-2000:]

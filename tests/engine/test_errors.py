@@ -32,6 +32,11 @@ def test_an_engine_that_failed_is_not_used_again(results: dict) -> None:
     assert "broken by PlantedError while generating" in results["after_failure"]["message"]
 
 
+def test_nothing_of_an_interrupted_phase_or_the_one_before_is_handed_out(results: dict) -> None:
+    told = results["digest_after_failure"]
+    assert told["type"] == "RuntimeError" and "broken by PlantedError while generating" in told["message"]
+
+
 def test_a_closed_engine_says_so(results: dict) -> None:
     assert "is closed" in results["after_close"]["message"]
 
@@ -67,9 +72,17 @@ def test_an_engine_can_be_built_after_one_was_closed(results: dict) -> None:
 
 
 def test_a_second_thread_is_refused_and_the_phase_goes_on(results: dict) -> None:
-    generate, sync = results["while_generating"]
-    assert generate["type"] == sync["type"] == "RuntimeError"
+    generate, sync, _, close, _ = results["while_generating"]
+    assert generate["type"] == sync["type"] == close["type"] == "RuntimeError"
     assert "is generating" in generate["message"] and "is generating" in sync["message"]
+    assert "is generating on another thread" in close["message"]
+
+
+def test_a_backward_pass_is_refused_while_the_engine_generates_and_only_then(results: dict) -> None:
+    _, _, backward, _, afterwards = results["while_generating"]
+    assert backward["type"] == "RuntimeError"
+    assert "a backward pass reached the policy while the rollout engine generates" in backward["message"]
+    assert afterwards["type"] is None
 
 
 def test_a_fork_is_refused(results: dict) -> None:

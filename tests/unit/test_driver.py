@@ -46,6 +46,14 @@ def test_any_other_end_is_an_error_that_names_the_sequence() -> None:
         collected.add(update(["0", "1"], [1, -1], [0.0, np.nan], ((1, ABORT),)))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_logprob_that_is_no_number_is_an_error_that_names_the_token(bad: float) -> None:
+    collected = Collected.empty(2, 2)
+    collected.add(update(["0", "1"], [1, 2], [-0.5, -0.5]))
+    with pytest.raises(FloatingPointError, match=f"token 1 of sequence 1 has the log-prob {bad}"):
+        collected.add(update(["0", "1"], [1, 2], [-0.5, bad]))
+
+
 def test_a_step_without_tokens_changes_nothing() -> None:
     collected = Collected.empty(1, 2)
     before = collected.digest()

@@ -1,0 +1,44 @@
+"""The table of the faults: what was broken, how it ended, how soon, and what it left behind."""
+
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault.
+
+    Attributes:
+        rank: on which it happened.
+        outcome: exit code and first line of what the job said.
+        seconds: from the fault to the end of the last process.
+        left: processes, shared memory, files outside the run's folder.
+    """
+
+    fault: str
+    rank: int
+    outcome: str
+    seconds: float
+    left: str
+
+
+TABLE = pytest.StashKey[list[Row]]()
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> list[Row]:
+    return request.config.stash.setdefault(TABLE, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(TABLE, [])
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.line("| fault | on rank | ended with | seconds | left behind |")
+    terminalreporter.line("|---|---|---|---|---|")
+    for row in rows:
+        terminalreporter.line(f"| {row.fault} | {row.rank} | {row.outcome} | {row.seconds:.1f} | {row.left} |")
+    slowest = max(rows, key=lambda row: row.seconds)
+    terminalreporter.line(f"{len(rows)} faults; the slowest, {slowest.fault}, took {slowest.seconds:.1f} s")
