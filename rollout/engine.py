@@ -89,7 +89,7 @@ class RolloutEngine:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model)
+        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
 
     def digest(self) -> str:
         """Of all tokens and log-probs of the last `generate`, the whole group's: equal on each of its ranks.

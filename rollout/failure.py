@@ -133,6 +133,11 @@ class Watch:
         with suppress(dist.DistError):
             self._store.set(f"{self._prefix}/alive/{self._rank}", CLOSED)
 
+    @property
+    def has_reported(self) -> bool:
+        """True if an error of this rank is on its way to the others, or has arrived."""
+        return self._reported is not None
+
     def has_told(self, error: BaseException | None) -> bool:
         """True if this very error was reported, and printed with it."""
         return error is not None and error is self._reported
@@ -296,7 +301,11 @@ def watched(folder: Path | None = None, stall_timeout_s: float = 600.0) -> Itera
         raise
     finally:
         watch.close()
-        threading.excepthook = previous[1]
+        # Whoever has put a hook over ours keeps it; and ours has to know what was printed already.
+        if threading.excepthook is of_thread:
+            threading.excepthook = previous[1]
+        if sys.excepthook is of_main and not watch.has_reported:
+            sys.excepthook = previous[0]
         _watch = None
 
 

@@ -1,14 +1,20 @@
 """torchrun's environment as a value: who this rank is, and the process groups it belongs to."""
 
+import ipaddress
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
 # What torchrun sets in every rank. Part of them is a launcher that went half way: better refused than guessed at.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,9 @@ def init_world(timeout_s: float = 600.0) -> World:
     """Join the job's default process group, or the one-process group of a plain `python`.
 
     Under torchrun the group is the one its variables name: gloo on the CPU, gloo and nccl on CUDA. A group that
-    the trainer has already made is used as it is. Outside torchrun nothing listens on the network: the group's store
-    lives in this process.
+    the trainer has already made is used as it is. Outside torchrun nothing can be reached from the network: the group's
+    store lives in this process, and the socket that gloo opens for each group, even for one process alone, is on the
+    loopback interface.
 
     Args:
         timeout_s: after which a collective that a rank never joins is an error.
@@ -53,16 +60,36 @@ def init_world(timeout_s: float = 600.0) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        if launched_by_torchrun():
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        with closed_to_the_network():
+            if launched_by_torchrun():
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(
         rank=dist.get_rank(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         size=dist.get_world_size(),
         device=device,
     )
+
+
+@contextmanager
+def closed_to_the_network() -> Iterator[None]:
+    """Groups that are made inside listen on the loopback interface, if the whole job is on this machine.
+
+    Each gloo group listens in every rank. By itself gloo takes the address that the host's name resolves to, which is
+    often an outer one. A job is on this machine if its master address is a loopback address, or if it is one plain
+    process. Of any other job the interface is gloo's choice, and GLOO_SOCKET_IFNAME is always the user's.
+    """
+    interface = _loopback_interface() if GLOO_INTERFACE not in os.environ and _is_on_this_machine() else None
+    if interface is None:
+        yield
+        return
+    os.environ[GLOO_INTERFACE] = interface  # gloo reads it whenever a group is made
+    try:
+        yield
+    finally:
+        os.environ.pop(GLOO_INTERFACE, None)
 
 
 def launched_by_torchrun() -> bool:
@@ -96,7 +123,8 @@ def tensor_parallel_group(world: World, tensor_parallel_size: int, timeout_s: fl
     mine = None
     for first in range(0, world.size, tensor_parallel_size):
         ranks = list(range(first, first + tensor_parallel_size))
-        group = dist.new_group(ranks, None if timeout_s is None else timedelta(seconds=timeout_s), backend="gloo")
+        with closed_to_the_network():
+            group = dist.new_group(ranks, None if timeout_s is None else timedelta(seconds=timeout_s), backend="gloo")
         if world.rank in ranks:
             mine = group
     assert mine is not None
@@ -125,3 +153,22 @@ def _device(local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def _is_on_this_machine() -> bool:
+    host = os.environ.get("MASTER_ADDR")
+    if host is None:  # a plain process, unless the trainer has found its other ranks by itself
+        return not dist.is_initialized() or dist.get_world_size() == 1
+    try:
+        addresses = [address[0] for *_, address in socket.getaddrinfo(host, None)]
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def _loopback_interface() -> str | None:
+    """Its name: "lo" on Linux, "lo0" elsewhere."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.family == socket.AF_INET and address.address == "127.0.0.1" for address in addresses):
+            return name
+    return None

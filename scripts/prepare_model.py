@@ -64,7 +64,8 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         if source.endswith(".gguf"):
             return load_gguf(Path(source))
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"no model at {source!r}; give a hub name, a model folder or a .gguf file: {error}") from error
 
@@ -74,9 +75,13 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # Its progress bar takes no switch; it goes to stderr.
     with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
         )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     tokenizer.model_max_length = model.config.max_position_embeddings
     pre_tokenizer = GGUFReader(file).get_field("tokenizer.ggml.pre")
     if pre_tokenizer is not None and pre_tokenizer.contents() == "smollm":

@@ -313,7 +313,9 @@ def _check_data(config: PPOConfig) -> str:
     from trainers.rewards import check_answers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(config.model.path).expanduser().as_posix())
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(config.model.path).expanduser().as_posix(), trust_remote_code=False
+        )
     except Exception as error:  # of many kinds: no such name, no network, a broken file
         raise ConfigError(f"model.path is {config.model.path!r}; its tokenizer cannot be loaded: {error}") from error
     examples = load_prompts(config.data, tokenizer, config.max_prompt_tokens)

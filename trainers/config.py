@@ -210,12 +210,14 @@ class RunConfig:
         name: of that folder; null names it after the algorithm and the time.
         seed: of the trainer's random streams (rollout.seed and data.seed have their own).
         progress: true draws a progress bar.
+        private: true keeps the folder to its owner; false leaves it to the umask.
     """
 
     directory: str = "runs"
     name: str | None = None
     seed: int = 0
     progress: bool = True
+    private: bool = True
 
     def __post_init__(self) -> None:
         _check_least("run", self, {"seed": 0})

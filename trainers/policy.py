@@ -180,7 +180,10 @@ def require_plain_head(language_model: PreTrainedModel) -> None:
 
 
 def _load_language_model(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    config = without_dropout(AutoConfig.from_pretrained(path))
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+    # Said, not left to the default, which asks on the terminal whether the folder's own code may run.
+    config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     require_plain_head(model.eval())
     return model

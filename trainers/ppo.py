@@ -67,7 +67,7 @@ def train(config: PPOConfig) -> Path:
     disable_progress_bar()
     world = init_world()
     set_seed(config.run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     stream = prompt_stream(config, tokenizer, world)
     folder = agreed_run_folder(config, world)
     with watched(folder, config.rollout.stall_timeout_s) as watch:

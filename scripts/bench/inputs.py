@@ -58,7 +58,7 @@ def check_model(model: str, tensor_parallel_size: int) -> None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     except Exception as error:  # of many kinds: no such name, no network, a config that contradicts itself
         raise ValueError(f"--model is {model!r}; give a local folder or a hub name: {error}") from error
     heads = config.num_attention_heads
@@ -85,10 +85,10 @@ def one_layer_copy(model: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     transformers.logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     return folder

@@ -156,7 +156,7 @@ def split(ends: np.ndarray, scheduled_tokens: np.ndarray, sequences: np.ndarray)
 
 def read_prompts(settings: Settings) -> list[list[int]]:
     """Token ids of every problem, under the model's chat template where it has one, cut to the workload's length."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     with open(settings.prompts, encoding="utf-8") as file:
         problems = [json.loads(line)["problem"] for line in file if line.strip()]
     return [_token_ids(tokenizer, problem)[: settings.prompt_limit] for problem in problems]
@@ -171,7 +171,7 @@ def _token_ids(tokenizer: Any, problem: str) -> list[int]:
 
 def build(settings: Settings, world: World, prompts: list[list[int]]) -> BenchSystem:
     """The system, with as much memory for its KV cache and as many tokens a step as every other one."""
-    config = AutoConfig.from_pretrained(settings.model).get_text_config()
+    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False).get_text_config()
     lengths = [len(prompt) for prompt in repeated(prompts, settings.largest_batch)]
     kv_gib = kv_cache_gib(
         lengths,

@@ -3,9 +3,7 @@
 torchrun --nproc_per_node=2 generate_worker.py MODEL OUT [SCENARIO ...]
 """
 
-import hashlib
 import json
-import os
 import random
 import sys
 import threading
@@ -14,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rollout import RolloutConfig, RolloutEngine, SamplingConfig
+from rollout import RolloutConfig, RolloutEngine, SamplingConfig, init_world
 from rollout.throughput import overlap_fraction
+from tests.engine.trainer_state import changes, digest, trainer_state
 
 NUM_SEQUENCES = 512
 SAMPLINGS = {
@@ -24,23 +23,6 @@ SAMPLINGS = {
     "filtered": SamplingConfig(max_tokens=8, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01),
     "groups": SamplingConfig(max_tokens=8, n=4, ignore_eos=True),
 }
-
-
-def digest(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
-
-
-def trainer_state() -> dict:
-    return {
-        "python": digest(np.array([hash(random.getstate())])),
-        "numpy": digest(np.random.get_state()[1]),
-        "torch": digest(torch.get_rng_state().numpy()),
-        "dtype": str(torch.get_default_dtype()),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "threads": torch.get_num_threads(),
-        "set_num_threads": torch.set_num_threads.__module__,
-        "environment": dict(os.environ),
-    }
 
 
 def prompts(rank: int, count: int, n: int = 1) -> list[list[int]]:
@@ -69,10 +51,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
             "metrics": engine.metrics,
         }
     engine.close()
-    after = trainer_state()
-    result["changed"] = [name for name in before if before[name] != after[name]]
-    if "environment" in result["changed"]:
-        result["changed"] += sorted(map(str, before["environment"].items() ^ after["environment"].items()))
+    result["changed"] = changes(before, trainer_state())
     result["threads_left"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("execute")]
     # The segments are named after the process id of rank 0: one of this process or of its parent's other children.
     result["shared_memory_left"] = [path.name for path in Path("/dev/shm").glob("*rollout-*")]
@@ -81,7 +60,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
 
 def main() -> None:
     model, out, wanted = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    rank = int(os.environ.get("RANK", "0"))
+    rank = init_world().rank  # first: with the default group comes a hook of torch's for uncaught errors
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(1000 + rank)  # the trainer may draw other numbers on each rank
     base = {"max_model_len": 128, "kv_cache_gib": 0.25, "enforce_eager": True}

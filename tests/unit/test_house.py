@@ -1,4 +1,7 @@
-"""Imports run one way: scripts -> trainers -> rollout -> rollout.backend -> vllm, and configuration loads fast."""
+"""Imports run one way: scripts -> trainers -> rollout -> rollout.backend -> vllm, and configuration loads fast.
+
+And nothing that is read may bring code along.
+"""
 
 import ast
 import subprocess
@@ -51,3 +54,33 @@ def test_trainers_use_public_names_of_rollout_alone() -> None:
 def test_a_config_is_checked_before_anything_heavy_is_imported() -> None:
     code = "import sys, trainers.cli; sys.exit(any(m in sys.modules for m in ('torch', 'vllm', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# By function: the argument that keeps it from running what it reads; None where nothing does.
+LOADERS = {
+    "from_pretrained": ("trust_remote_code", False),
+    "torch.load": ("weights_only", True),
+    "pickle.load": None,
+    "pickle.loads": None,
+    "yaml.load": None,
+    "yaml.full_load": None,
+    "yaml.unsafe_load": None,
+}
+
+
+def test_nothing_is_loaded_that_could_run_code() -> None:
+    calls = 0
+    for file in [file for folder in FORBIDDEN for file in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            name = ast.unparse(node.func)
+            name = node.func.attr if node.func.attr in LOADERS else name
+            if name in LOADERS:
+                calls += 1
+                given = {(word.arg, ast.unparse(word.value)) for word in node.keywords}
+                needed = LOADERS[name]
+                where = f"{file.relative_to(ROOT)}, line {node.lineno}: {name}"
+                assert needed is not None, where
+                assert (needed[0], str(needed[1])) in given, f"{where} without {needed[0]}={needed[1]}"
+    assert calls > 5

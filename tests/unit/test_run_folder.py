@@ -43,6 +43,16 @@ def test_folder_holds_config_and_environment_for_its_owner_alone(tmp_path, monke
     assert "not-to-be-written-anywhere" not in text
 
 
+@pytest.mark.parametrize(("private", "umask", "mode"), [(True, 0, 0o700), (True, 0o077, 0o700), (False, 0o027, 0o750)])
+def test_who_may_look_into_the_folder(private, umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        folder = create_run_folder(RunConfig(directory=str(tmp_path), private=private), "ppo", CONFIG)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+
+
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     run = RunConfig(directory=str(tmp_path), name="first")
     folder = create_run_folder(run, "ppo", CONFIG)
