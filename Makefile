@@ -33,7 +33,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup model ppo bench faults test lint types lock clean
+.PHONY: help setup model ppo bench faults soak test lint types lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -50,6 +50,9 @@ bench: $(READY) $(MODEL) ## rollout throughput, stock vLLM and ours in turns (AR
 
 faults: $(READY) $(MODEL) ## break ranks on purpose, and see every one of them end
 	$(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+
+soak: $(READY) ## two thousand phases of generation and weight sync: no error, and nothing that grows
+	$(BIN)/torchrun --nproc_per_node=2 scripts/soak.py $(ARGS)
 
 test: $(READY) $(MODEL) ## every test, the quick ones first
 	$(BIN)/python -m pytest $(ARGS)

@@ -26,7 +26,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig, init_world, watched
 
 VOCABULARY = 512
-MEMORY_GROWTH = 0.02  # of the resident memory
 ENGINE = RolloutConfig(
     dtype="float32",
     max_model_len=128,
@@ -61,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", type=int, default=2000)
     parser.add_argument("--settled", type=int, default=200, help="the phase from which on nothing may grow")
+    parser.add_argument("--growth", type=float, default=0.02, help="share by which the resident memory may grow")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every phase of every rank there")
     args = parser.parse_args()
@@ -128,11 +128,11 @@ def run_phase(engine: RolloutEngine, policy: LlamaForCausalLM, phase: int, args:
     )
 
 
-def growth(rank: int, samples: list[Sample], settled: int) -> list[str]:
+def growth(rank: int, samples: list[Sample], settled: int, allowed: float) -> list[str]:
     """What grew on one rank since it had settled."""
     first, last = samples[settled - 1], samples[-1]
     found = []
-    if last.memory > first.memory * (1 + MEMORY_GROWTH):
+    if last.memory > first.memory * (1 + allowed):
         found.append(f"rank {rank}: memory grew from {first.memory / 2**20:.1f} to {last.memory / 2**20:.1f} MiB")
     for name in ("descriptors", "threads"):
         if getattr(last, name) > getattr(first, name):
@@ -176,7 +176,9 @@ def main() -> None:
                 print(f"soak: phase {phase + 1}/{args.phases}", file=sys.stderr, flush=True)
     everyones: list = [None] * world.size
     dist.all_gather_object(everyones, samples)
-    found = [each for rank, of_rank in enumerate(everyones) for each in growth(rank, of_rank, args.settled)]
+    found = [
+        each for rank, of_rank in enumerate(everyones) for each in growth(rank, of_rank, args.settled, args.growth)
+    ]
     if world.is_main:
         shutil.rmtree(folder[0])
         print(f"{table(everyones, args.settled)}\n{summary(samples)}")

@@ -39,7 +39,7 @@ def trainer_state() -> dict[str, Any]:
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "faulthandler": faulthandler.is_enabled(),
         "switch_interval": sys.getswitchinterval(),
-        "start_method": multiprocessing.get_start_method(),
+        "start_method": multiprocessing.get_start_method(allow_none=True),
         "warnings": list(warnings.filters),
         "logging": (list(root.handlers), root.level, logging.root.manager.disable),
         "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),

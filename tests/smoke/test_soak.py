@@ -1,0 +1,21 @@
+"""scripts/soak.py, a short one: `make soak` runs two thousand phases."""
+
+import json
+from pathlib import Path
+
+from tests.launch import launch
+
+
+def test_phases_of_all_kinds_leave_nothing_behind(tmp_path: Path) -> None:
+    report = tmp_path / "soak.json"
+    # The first phases fill allocators and caches: what two thousand phases may add is for the long run to say.
+    words = ["--phases", "40", "--settled", "30", "--growth", "0.2", "--json", report]
+    done = launch(["scripts/soak.py", *words], nproc=2, timeout_s=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.left_running == []
+    ranks = json.loads(report.read_text())
+    assert [len(phases) for phases in ranks] == [40, 40]
+    for phases in ranks:
+        assert sum(phase["preemptions"] for phase in phases) > 0
+        assert 0 < sum(phase["stopped"] for phase in phases) < sum(phase["sequences"] for phase in phases)
+        assert any(phase["sequences"] == 0 for phase in phases) or min(phase["sequences"] for phase in phases) < 10
