@@ -19,7 +19,7 @@ from rollout.fence import Fence, no_backward
 from rollout.isolation import preserved_trainer_state
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Prompt, RolloutBatch
-from rollout.weights import SyncReport, sync_policy
+from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
 from rollout.world import World, init_world, tensor_parallel_group
 
 if TYPE_CHECKING:
@@ -157,14 +157,40 @@ class RolloutEngine:
         self._version, self._synced = version, weakref.ref(policy)
         return report
 
+    def check_weights(self, policy: nn.Module) -> None:
+        """Compare all that the engine holds with the policy, bit for bit; each sync by itself looks at a few layers.
+
+        Args:
+            policy: as given to the last `sync_weights`, and not changed since.
+
+        Raises:
+            StaleWeights: names the first parameter that differs.
+            RuntimeError: if nothing was synced yet, or not by a plan.
+        """
+        with self._fence.one_caller(), self._fence.busy("checking weights"):
+            self._core.executor.check_policy_weights(dict(named_weights(policy)))
+
     @contextmanager
     def awake(self) -> Iterator["RolloutEngine"]:
-        """The rollout phase of a training step: sync and generate inside, train outside.
-
-        Today nothing is put to sleep outside of it; the bracket marks where the engine may be used.
-        """
+        """The rollout phase of a training step: sync and generate inside, train outside, where the engine sleeps."""
         self._fence.check()
         yield self
+        self.sleep()
+
+    def sleep(self) -> int:
+        """Give back the memory that only generation needs; the next `generate` takes it again, by itself.
+
+        On the CPU: the pages of the KV cache. On CUDA nothing is given back yet.
+
+        Returns:
+            The bytes that this rank gave back.
+
+        Raises:
+            RuntimeError: if the engine is closed, busy or broken by an earlier error.
+        """
+        with self._fence.one_caller(), self._fence.busy("falling asleep"):
+            empty_prefix_cache(self._core)
+            return self._core.executor.release_kv_cache()
 
     def close(self) -> None:
         """Stop the execute thread and free the engine. The process group stays as it is. Safe to call twice.

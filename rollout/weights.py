@@ -17,11 +17,13 @@ class SyncReport:
         version: of the policy that the engine now holds.
         seconds: from the call to the moment at which the engine may generate again.
         num_bytes: read from the policy.
+        planned: True if the weights were copied by a plan (rollout/backend/sync_plan.py); False if vLLM reloaded them.
     """
 
     version: int
     seconds: float
     num_bytes: int
+    planned: bool
 
     def metrics(self) -> dict[str, float]:
         """As logged: sync/seconds, sync/gib_per_s, sync/version."""
@@ -35,7 +37,8 @@ class SyncReport:
 def sync_policy(core: Any, policy: nn.Module, version: int) -> SyncReport:
     """Copy the policy's parameters into the engine, on the execute thread, behind whatever is queued there.
 
-    The prefix cache is emptied: its blocks were computed with the old weights.
+    The prefix cache is emptied: its blocks were computed with the old weights. A few of the engine's layers, others
+    each time, are compared with what was sent.
 
     Args:
         core: `rollout.backend.core.Core`.
@@ -45,13 +48,23 @@ def sync_policy(core: Any, policy: nn.Module, version: int) -> SyncReport:
 
     Raises:
         ValueError: if the policy lacks a parameter that the engine has.
+        StaleWeights: if the engine holds something else afterwards.
         RuntimeError: if the prefix cache could not be emptied, because requests are still running.
     """
     start = time.perf_counter()
-    num_bytes = core.executor.load_policy_weights(named_weights(policy))
+    loaded = core.executor.load_policy_weights(dict(named_weights(policy)))
+    empty_prefix_cache(core)
+    return SyncReport(version, time.perf_counter() - start, loaded.num_bytes, loaded.planned)
+
+
+def empty_prefix_cache(core: Any) -> None:
+    """Forget the KV blocks of earlier prompts.
+
+    Raises:
+        RuntimeError: if requests are still running.
+    """
     if not core.scheduler.reset_prefix_cache():
-        raise RuntimeError("the prefix cache still holds blocks of running requests: sync between calls of generate")
-    return SyncReport(version, time.perf_counter() - start, num_bytes)
+        raise RuntimeError("the prefix cache still holds blocks of running requests: wait until generate has returned")
 
 
 def named_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

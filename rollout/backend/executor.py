@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from copy import copy
 from multiprocessing import get_context
@@ -29,10 +29,13 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rollout.backend.attention import replace_attention
 from rollout.backend.execute_thread import ExecuteThread
+from rollout.backend.memory import release_pages
 from rollout.backend.refusals import refuse_different_settings, refuse_what_ranks_decide_alone
 from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
 from rollout.backend.shared_memory import unlink_shared_memory
-from rollout.backend.worker import load_policy_weights, unlink_broadcast_queue
+from rollout.backend.sync_plan import Layer
+from rollout.backend.weight_sync import Loaded, Weights, WeightSync
+from rollout.backend.worker import unlink_broadcast_queue
 from rollout.isolation import preserved_random_state, preserved_trainer_state
 from rollout.world import closed_to_the_network, init_world
 
@@ -112,6 +115,7 @@ class TorchrunExecutor(Executor):
         self._running = StepFuture()
         self._request_seeds: RequestSeeds | None = None
         self._sharded_sampler: ShardedSampler | None = None
+        self._weight_sync: WeightSync | None = None
         self._seeds = np.random.default_rng(self.model_config.seed)
         with preserved_trainer_state(), closed_to_the_network():
             world = init_world()
@@ -170,27 +174,55 @@ class TorchrunExecutor(Executor):
         head = self._sharded_sampler is not None and self._sharded_sampler.streams
         self.kernels = tuple(name for name, runs in (("attention", attention), ("head", head)) if runs)
 
-    def load_policy_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Replace the worker's weights on the execute thread, behind whatever is queued there; returns bytes read.
+    def load_policy_weights(self, weights: Weights) -> Loaded:
+        """Replace the worker's weights on the execute thread, behind whatever is queued there.
 
         Raises:
             ValueError: if the policy lacks a parameter that the engine has.
+            StaleWeights: if the engine holds something else afterwards.
         """
-
         on_cuda = current_platform.is_cuda()
         # The policy's last update may still be under way on a stream that this thread's does not know.
         written = torch.cuda.current_stream().record_event() if on_cuda else None
 
-        def load() -> int:
+        def load() -> Loaded:
             if written is not None:
                 torch.cuda.current_stream().wait_event(written)
             with preserved_random_state():
-                num_bytes = load_policy_weights(self.driver_worker, weights)
+                loaded = self._sync().load(weights)
             if on_cuda:
                 torch.cuda.current_stream().synchronize()  # and the policy's next update must not overtake the copy
-            return num_bytes
+            return loaded
 
         return self.thread.run(load)
+
+    def check_policy_weights(self, weights: Weights) -> None:
+        """Compare all of the worker's weights with the policy's, on the execute thread.
+
+        Raises:
+            StaleWeights: names the first that differs.
+        """
+        self.thread.run(lambda: self._sync().check(weights))
+
+    def release_kv_cache(self) -> int:
+        """Give the KV cache's pages back to the operating system, behind whatever is queued; returns the bytes.
+
+        Its blocks must be free, and forgotten by the prefix cache. On the CPU alone: elsewhere nothing is given back.
+        """
+        if not current_platform.is_cpu():
+            return 0
+        return self.thread.run(lambda: release_pages(self.driver_worker.model_runner.kv_caches))
+
+    def sync_layers(self) -> list[Layer]:
+        """What fills what in a sync by the plan; empty without one."""
+        return self._sync().layers
+
+    def _sync(self) -> WeightSync:
+        if self._weight_sync is None:
+            worker = self.driver_worker.worker
+            assert worker is not None
+            self._weight_sync = WeightSync(worker, reads_head=self._sharded_sampler is not None)
+        return self._weight_sync
 
     @property
     def simulated(self) -> bool:

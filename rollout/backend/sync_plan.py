@@ -52,12 +52,20 @@ class Layer:
     """A layer of the engine, and what fills it.
 
     Attributes:
+        module: vLLM's.
         shapes: of its parameters as loaders see them, before they are packed.
+        sources: the policy's parameters that go there, on whatever rank: the same on all ranks, and in the same order.
+        copies: this rank's.
     """
 
-    module: torch.nn.Module
+    module: Any
     shapes: dict[str, torch.Size]
+    sources: list[str]
     copies: list[Copy]
+
+    def copies_to(self, target: str) -> list[Copy]:
+        """Those that fill one of its parameters."""
+        return [copy for copy in self.copies if copy.target == target]
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def make_plan(model: torch.nn.Module, shapes: Mapping[str, torch.Size]) -> list[
             places: list[list[Place]] = []
             for dim in range(len(shape)):
                 arrivals.clear()
-                model.load_weights([(source, _numbers(shape, dim))])
+                model.load_weights([(source, _numbers(shape, dim))])  # type: ignore[operator]
                 places.append([_read_off(arrival, dim) for arrival in arrivals])
             if not places or not places[0]:
                 raise NoPlan(f"no loader took {source}")
@@ -123,8 +131,10 @@ def make_plan(model: torch.nn.Module, shapes: Mapping[str, torch.Size]) -> list[
                     raise NoPlan(f"{source} arrives in another place each time")
                 starts_and_sides = zip((each.start for each in of_dims), place.box, strict=True)
                 source_box = tuple(slice(start, start + side.stop - side.start) for start, side in starts_and_sides)
-                layer = layers.setdefault(place.layer, Layer(place.layer, {}, []))
+                layer = layers.setdefault(place.layer, Layer(place.layer, {}, [], []))
                 layer.shapes[place.target] = place.shape
+                if source not in layer.sources:
+                    layer.sources.append(source)
                 if all(side.stop > side.start for side in source_box):  # else this rank holds no part of it
                     layer.copies.append(Copy(source, source_box, place.target, place.box))
     return [layers[module] for module in model.modules() if module in layers]

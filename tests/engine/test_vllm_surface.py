@@ -3,6 +3,7 @@
 vLLM is pinned to one minor release. When it moves, mend what this list says before anything else.
 """
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -40,7 +41,14 @@ SURFACE = {
     "vllm.model_executor.model_loader.reload.layerwise": [
         "initialize_layerwise_reload(model)",
         "finalize_layerwise_reload",
+        "get_layerwise_info",
+        "_get_original_loader",
+        "_get_weight_loader",
+        "_place_kernel_tensors",
     ],
+    "vllm.model_executor.model_loader.reload.meta": ["materialize_meta_tensor(meta_tensor)"],
+    "vllm.model_executor.model_loader.reload.types": ["LayerReloadingInfo.can_load", "LayerReloadingInfo.reset"],
+    "vllm.model_executor.model_loader.reload.utils": ["get_layer_tensors"],
     "vllm.platforms": ["current_platform.is_cpu", "current_platform.update_block_size_for_backend", "current_platform"],
     "vllm.sampling_params": [
         "SamplingParams.update_from_generation_config(generation_config, eos_token_id)",
@@ -439,6 +447,14 @@ def test_attributes(module: str, owner: str) -> None:
     assert not missing, f"{module}.{owner} no longer sets {missing}"
 
 
+def test_what_the_weight_sync_finds_in_modules() -> None:
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    assert "layer.cpu_linear = " in inspect.getsource(utils.dispatch_cpu_unquantized_gemm)
+    assert "model._original_do_torchao_reload = " in inspect.getsource(layerwise.initialize_layerwise_reload)
+
+
 def test_a_cpu_operator() -> None:
     import torch
     from vllm.platforms import current_platform
@@ -451,7 +467,8 @@ def test_a_cpu_operator() -> None:
 def test_every_import_of_the_backend_is_in_the_list() -> None:
     imported = set()
     for file in BACKEND.glob("*.py"):
-        for module, names in re.findall(r"^from (vllm\S*) import (.+)$", file.read_text(), re.MULTILINE):
-            imported |= {(module, name.split(" as ")[0].strip()) for name in names.split(",")}
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                imported |= {(node.module, alias.name) for alias in node.names}
     listed = {(module, re.split(r"[.(]", entry)[0]) for module, entries in SURFACE.items() for entry in entries}
     assert imported <= listed, f"not in SURFACE: {sorted(imported - listed)}"

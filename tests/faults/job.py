@@ -23,9 +23,9 @@ import torch
 from accelerate import Accelerator
 from vllm.v1.request import RequestStatus
 
-import rollout.backend.executor
 import trainers.ppo
 from rollout import RolloutConfig, RolloutEngine
+from rollout.backend.weight_sync import PlannedSync
 from trainers.cli import run_cli
 from trainers.config import PPOConfig
 
@@ -197,9 +197,8 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "exception in execute": lambda step: in_decoding(step, execution, raises("execute")),
     "exception in sample": lambda step: in_decoding(step, sampling, raises("sample")),
     "exception in schedule": lambda step: in_decoding(step, scheduling, raises("schedule")),
-    "exception in weight copy": lambda step: before(
-        rollout.backend.executor, "load_policy_weights", step, raises("weight copy")
-    ),
+    # The first sync proves its plan with one load more than the others.
+    "exception in weight copy": lambda step: before(PlannedSync, "load", step + 1, raises("weight copy")),
     "exception in reward": lambda step: before(trainers.ppo, "score", step, raises("reward")),
     "exception in backward": lambda step: before(
         trainers.ppo, "optimize", step, lambda *_: before(Accelerator, "backward", 0, raises("backward"))

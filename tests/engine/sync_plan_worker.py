@@ -1,0 +1,165 @@
+"""Runs in every rank: weight syncs by a plan, plans that are wrong, and syncs that leave something out.
+
+torchrun --nproc_per_node=2 sync_plan_worker.py MODEL OUT DTYPE
+"""
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+import rollout.backend.weight_sync as weight_sync
+from rollout import RolloutConfig, RolloutEngine
+from rollout.backend.sync_plan import NoPlan
+from rollout.backend.weight_sync import CHECKED_LAYERS, PlannedSync, StaleWeights, WeightSync, fingerprint
+from rollout.backend.worker import load_policy_weights
+
+
+def changed(policy: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.0 + 0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def by_plan_and_by_reload(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
+    """Two policies, each by either way: what every layer then holds."""
+    sync = engine._core.executor._sync()
+    worker, layers = sync._worker, sync._plan.layers
+    found = []
+    for seed in (1, 2):
+        changed(policy, seed)
+        planned = engine.sync_weights(policy, seed).planned
+        by_plan = fingerprint(layers)
+        engine._core.executor.thread.run(load_policy_weights, worker, policy.named_parameters())
+        found.append({"planned": planned, "equal": by_plan == fingerprint(layers), "layers": len(layers)})
+    return {"found": found}
+
+
+def of_a_sharded_policy(engine: RolloutEngine, model: str, policy: torch.nn.Module) -> dict[str, Any]:
+    """The same weights in FSDP2's shards: does the engine hold the same?"""
+    engine.sync_weights(policy, 4)
+    expected = fingerprint(engine._core.executor.sync_layers())
+    sharded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    sharded.load_state_dict(policy.state_dict())
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    engine.sync_weights(policy_of_zeros(model), 5)
+    planned = engine.sync_weights(sharded, 6).planned
+    engine.check_weights(sharded)
+    return {"planned": planned, "equal": fingerprint(engine._core.executor.sync_layers()) == expected}
+
+
+def policy_of_zeros(model: str) -> torch.nn.Module:
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
+    for parameter in policy.parameters():
+        parameter.zero_()
+    return policy
+
+
+def what_a_sync_left_out(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
+    """Leave out one layer after the other: is it named at once by a full check, and soon by the syncs' own?"""
+    sync = engine._core.executor._sync()
+    plan = sync._plan
+    weights = {name: each.detach() for name, each in policy.named_parameters()}
+    found: dict[str, Any] = {"named": [], "syncs": [], "turns": -(-len(plan.layers) // CHECKED_LAYERS)}
+    for number, layer in enumerate(plan.layers):
+        if number % 3:
+            continue
+        changed(policy, 10 + number)
+        all_layers, plan.layers = plan.layers, [each for each in plan.layers if each is not layer]
+        plan.load(weights)
+        plan.layers = all_layers
+        said = told(lambda: engine._core.executor.check_policy_weights(weights))
+        found["named"].append(any(copy.source in said for copy in layer.copies))
+        start, needed = sync._next_check, 0
+        while True:
+            needed += 1
+            try:
+                start = plan.check(weights, start, CHECKED_LAYERS)
+            except StaleWeights:
+                break
+        found["syncs"].append(needed)
+        plan.load(weights)
+    plan.check(weights, 0, None)
+    return found
+
+
+def told(call) -> str:
+    try:
+        call()
+    except StaleWeights as error:
+        return str(error)
+    return "nothing"
+
+
+def wrong_plans(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
+    """Plans that mix up two copies, or miss one, and no plan at all: each is noticed, and the sync goes on without."""
+    make_plan = weight_sync.make_plan
+
+    def k_for_v(*args):
+        layers = make_plan(*args)
+        layer = next(each for each in layers if len(each.copies) == 3)
+        layer.copies[2] = replace(layer.copies[2], source=layer.copies[1].source)
+        return layers
+
+    def without_a_norm(*args):
+        layers = make_plan(*args)
+        layer = next(each for each in layers if "norm" in each.copies[0].source)
+        layer.copies.clear()
+        return layers
+
+    def none(*args):
+        raise NoPlan("a loader of weight does more than copy a rectangle")
+
+    found = {}
+    for make in (k_for_v, without_a_norm, none):
+        weight_sync.make_plan = make
+        sync = engine._core.executor._weight_sync = WeightSync(engine._core.executor._sync()._worker, reads_head=True)
+        changed(policy, 99)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = engine.sync_weights(policy, 5)
+        weight_sync.make_plan = make_plan
+        # The reload did its work: a right plan agrees with every layer.
+        layers = make_plan(sync._model, {name: each.shape for name, each in policy.named_parameters()})
+        held = PlannedSync(layers, sync._model, True)
+        try:
+            held.check({name: each.detach() for name, each in policy.named_parameters()}, 0, None)
+            right = True
+        except StaleWeights:
+            right = False
+        found[make.__name__] = {
+            "planned": report.planned,
+            "said": [str(each.message) for each in caught],
+            "right": right,
+        }
+    return found
+
+
+def main() -> None:
+    model, out, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    config = RolloutConfig(dtype=dtype, max_model_len=128, kv_cache_gib=0.25, block_size=32, enforce_eager=True)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy.requires_grad_(False)
+    with RolloutEngine(model, config) as engine:
+        results: dict[str, Any] = {"first": engine.sync_weights(policy, 0).planned}
+        results["equal"] = by_plan_and_by_reload(engine, policy)
+        engine.sync_weights(policy, 3)
+        engine.check_weights(policy)
+        results["sharded"] = of_a_sharded_policy(engine, model, policy)
+        results["left_out"] = what_a_sync_left_out(engine, policy)
+        results["wrong"] = wrong_plans(engine, policy)
+    (out / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

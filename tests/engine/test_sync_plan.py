@@ -1,0 +1,59 @@
+"""Weights that go by a plan are those of a full reload, bit for bit; wrong plans and stale layers are found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import launch
+
+WORKER = Path(__file__).with_name("sync_plan_worker.py")
+
+
+@pytest.fixture(scope="module", params=["bfloat16 tied", "float32 untied"])
+def ranks(
+    request: pytest.FixtureRequest,
+    tiny_model_path: Path,
+    small_vocabulary_model_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict]:
+    dtype, head = request.param.split()
+    model = tiny_model_path if head == "tied" else small_vocabulary_model_path
+    out = tmp_path_factory.mktemp("plan")
+    done = launch([WORKER, model, out, dtype], nproc=2, timeout_s=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_plan_does_what_a_reload_does(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert rank["first"]
+        for found in rank["equal"]["found"]:
+            assert found["planned"] and found["equal"] and found["layers"] >= 14
+
+
+def test_a_sharded_policy_gives_the_same_weights(ranks: list[dict]) -> None:
+    assert [rank["sharded"] for rank in ranks] == [{"planned": True, "equal": True}] * 2
+
+
+def test_a_layer_that_was_left_out_is_named(ranks: list[dict]) -> None:
+    for rank in ranks:
+        left_out = rank["left_out"]
+        assert len(left_out["named"]) >= 4 and all(left_out["named"])
+        # Each sync looks at a few layers, in turn: by the time that all had theirs it is found.
+        assert max(left_out["syncs"]) <= left_out["turns"] + 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("k_for_v", "is not what a full reload makes of it"),
+        ("without_a_norm", "is not reached by the plan"),
+        ("none", "a loader of weight does more than copy a rectangle"),
+    ],
+)
+def test_a_wrong_plan_is_not_used(ranks: list[dict], plan: str, words: str) -> None:
+    for rank in ranks:
+        found = rank["wrong"][plan]
+        assert not found["planned"] and found["right"]
+        assert any(words in said and "vLLM's reload" in said for said in found["said"]), found["said"]
