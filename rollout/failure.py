@@ -11,6 +11,7 @@ thread says nothing for as long: its process is stopped, or hangs in code that h
 listens to the next one, and who ends the job also ends the silent ranks of its machine, which could not do it.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -84,6 +85,7 @@ class Watch:
         self._store = self._connect()
         self._neighbour = (self._rank + 1) % self._size
         self._heard, self._heard_at = "", time.monotonic()
+        self._signs = 0
         self._store.set(f"{self._prefix}/process/{self._rank}", json.dumps(_this_process()))
         self._busy: str | None = None
         self._beat = time.monotonic()
@@ -91,6 +93,7 @@ class Watch:
         self._closing, self._told = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="rollout-watch", daemon=True)
         self._thread.start()
+        atexit.register(self._at_exit)
 
     def report(self, error: BaseException, thread: str | None = None) -> None:
         """Tell the job that this rank has failed; returns at once. The first report of the job counts."""
@@ -127,6 +130,7 @@ class Watch:
         if self._reported is not None:
             self._told.wait(ALL_END_S)
             return
+        atexit.unregister(self._at_exit)
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -141,6 +145,12 @@ class Watch:
     def has_told(self, error: BaseException | None) -> bool:
         """True if this very error was reported, and printed with it."""
         return error is not None and error is self._reported
+
+    def _at_exit(self) -> None:
+        """Somebody caught the error that the job ends for, and the interpreter would exit with code 0."""
+        if self._reported is not None and os.getpid() == self._process:
+            self._told.wait(ALL_END_S)
+            _exit()
 
     def _connect(self) -> dist.Store:
         if not launched_by_torchrun():
@@ -183,7 +193,8 @@ class Watch:
 
     def _give_and_take_signs_of_life(self) -> None:
         """Say that this rank is alive, and see that the next one does."""
-        self._store.add(f"{self._prefix}/alive/{self._rank}", 1)
+        self._signs += 1
+        self._store.set(f"{self._prefix}/alive/{self._rank}", str(self._signs))
         if (stderr := _real_stderr()) is not None:
             # A thread of C's own: it comes where an extension never gives the interpreter's lock back.
             faulthandler.dump_traceback_later(self._stall_timeout_s + LAST_RESORT_S, exit=True, file=stderr)

@@ -145,6 +145,30 @@ def wrong_plans(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any
     return found
 
 
+def a_sync_that_forgets(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
+    """From now on one layer gets nothing: which sync says so, and what the engine does then."""
+    plan = engine._core.executor._sync()._plan
+    forgotten, load = plan.layers[3], plan.load
+
+    def forgets(weights: Any) -> None:
+        layers, plan.layers = plan.layers, [each for each in plan.layers if each is not forgotten]
+        load(weights)
+        plan.layers = layers
+
+    plan.load = forgets
+    for number in range(100):
+        changed(policy, 200 + number)
+        try:
+            engine.sync_weights(policy, 200 + number)
+        except StaleWeights as error:
+            named = any(copy.source in str(error) for copy in forgotten.copies)
+            try:
+                engine.generate([[5, 6, 7]])
+            except RuntimeError as refused:
+                return {"syncs": number + 1, "named": named, "then": str(refused)}
+    return {"syncs": 100, "named": False, "then": "nothing"}
+
+
 def main() -> None:
     model, out, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     config = RolloutConfig(dtype=dtype, max_model_len=128, kv_cache_gib=0.25, block_size=32, enforce_eager=True)
@@ -158,7 +182,11 @@ def main() -> None:
         results["sharded"] = of_a_sharded_policy(engine, model, policy)
         results["left_out"] = what_a_sync_left_out(engine, policy)
         results["wrong"] = wrong_plans(engine, policy)
-    (out / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
+    with RolloutEngine(model, config) as engine:
+        engine.sync_weights(policy, 0)
+        results["forgets"] = a_sync_that_forgets(engine, policy)
+        # Both ranks failed, and their watches would end them: what a test wants to know is known.
+        (out / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def ranks(
     model = tiny_model_path if head == "tied" else small_vocabulary_model_path
     out = tmp_path_factory.mktemp("plan")
     done = launch([WORKER, model, out, dtype], nproc=2, timeout_s=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    # The last thing that the ranks do is a sync that fails, on both.
+    assert done.returncode == 1 and "StaleWeights: after the sync" in done.stderr, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -42,6 +43,13 @@ def test_a_layer_that_was_left_out_is_named(ranks: list[dict]) -> None:
         assert len(left_out["named"]) >= 4 and all(left_out["named"])
         # Each sync looks at a few layers, in turn: by the time that all had theirs it is found.
         assert max(left_out["syncs"]) <= left_out["turns"] + 1
+
+
+def test_a_sync_finds_its_own_stale_layer_and_the_engine_stops(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert rank["forgets"]["named"]
+        assert rank["forgets"]["syncs"] <= rank["left_out"]["turns"] + 1
+        assert "broken by StaleWeights while syncing weights" in rank["forgets"]["then"]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ class Row:
     """One fault.
 
     Attributes:
-        rank: on which it happened.
+        rank: on which it happened; None of a job that shall not fail.
         outcome: exit code and first line of what the job said.
-        seconds: from the fault to the end of the last process.
+        seconds: from the fault to the end of the last process; of a job that shall not fail, its own.
         left: processes, shared memory, files outside the run's folder.
     """
 
     fault: str
-    rank: int
+    rank: int | None
     outcome: str
     seconds: float
     left: str
@@ -39,6 +39,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.line("| fault | on rank | ended with | seconds | left behind |")
     terminalreporter.line("|---|---|---|---|---|")
     for row in rows:
-        terminalreporter.line(f"| {row.fault} | {row.rank} | {row.outcome} | {row.seconds:.1f} | {row.left} |")
-    slowest = max(rows, key=lambda row: row.seconds)
-    terminalreporter.line(f"{len(rows)} faults; the slowest, {slowest.fault}, took {slowest.seconds:.1f} s")
+        rank = "" if row.rank is None else row.rank
+        terminalreporter.line(f"| {row.fault} | {rank} | {row.outcome} | {row.seconds:.1f} | {row.left} |")
+    faults = [row for row in rows if row.rank is not None]
+    if faults:
+        slowest = max(faults, key=lambda row: row.seconds)
+        terminalreporter.line(f"{len(faults)} faults; the slowest, {slowest.fault}, took {slowest.seconds:.1f} s")

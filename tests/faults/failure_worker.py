@@ -37,6 +37,11 @@ def breaks(how: str, watch) -> None:
             threading.Event().wait()
     if how == "exit":
         sys.exit(0)
+    if how == "caught":
+        try:
+            raise PlantedError("on the main thread")
+        except PlantedError as error:
+            watch.report(error)
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "launcher":
@@ -55,7 +60,7 @@ class Slow(torch.utils.data.Dataset):
 
 
 def is_busy(what: str) -> None:
-    """What rank 0 does meanwhile: none of it ends by itself, or looks at anything."""
+    """What rank 0 does meanwhile: none of it ends by itself, or looks at anything; but for "nothing"."""
     if what == "collective":
         dist.barrier()
         time.sleep(60.0)

@@ -59,6 +59,12 @@ def test_leaving_early_is_a_failure_though_the_exit_code_is_0(tmp_path: Path) ->
     assert json.loads((tmp_path / "failure.json").read_text())["error"].startswith("SystemExit")
 
 
+def test_a_failure_that_was_reported_is_one_whoever_catches_it(tmp_path: Path) -> None:
+    done, seconds = run(tmp_path, "caught", "nothing")
+    assert done.returncode == 1 and seconds < END_S and done.left_running == []
+    assert json.loads((tmp_path / "failure.json").read_text())["error"] == "PlantedError: on the main thread"
+
+
 def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     done, seconds = run(tmp_path, "kill", "spin")
     assert done.returncode == 1 and seconds < END_S and done.left_running == []
