@@ -19,7 +19,14 @@ def run(folder: Path, how: str, meanwhile: str) -> tuple[Completed, float]:
     return done, time.time() - float((folder / "start").read_text()) - 1.0
 
 
-@pytest.mark.parametrize("meanwhile", ["collective", "backward", "data worker", "spin", "handler"])
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        "collective",
+        "spin",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("backward", "data worker", "handler")),
+    ],
+)
 def test_an_exception_ends_every_rank_whatever_it_does(tmp_path: Path, meanwhile: str) -> None:
     done, seconds = run(tmp_path, "exception", meanwhile)
     assert done.returncode == 1

@@ -70,8 +70,6 @@ QUICK = {
     ("exception in backward", 0),
     ("dropped request", 1),
     ("SIGSTOP of the rank", 1),
-    ("full disk", 0),
-    ("another config", 1),
     ("Ctrl-C", 0),
 }
 CASES = [
