@@ -30,7 +30,6 @@ from trainers.cli import run_cli
 from trainers.config import PPOConfig
 
 AT_DECODE_STEP, REQUEST = 5, "3"
-OUT = Path(sys.argv[4])
 
 
 class PlantedError(Exception):
@@ -38,7 +37,7 @@ class PlantedError(Exception):
 
 
 def happens() -> None:
-    (OUT / "fault").write_text(repr(time.time()))
+    (Path(sys.argv[4]) / "fault").write_text(repr(time.time()))
 
 
 def raises(where: str) -> Callable[..., None]:
