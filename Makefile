@@ -48,8 +48,8 @@ ppo: $(READY) $(MODEL) ## train the default model with PPO
 bench: $(READY) $(MODEL) ## rollout throughput, stock vLLM and ours in turns (ARGS="--simulate-step-ms 12" without a GPU)
 	$(BIN)/python scripts/bench_rollout.py $(ARGS)
 
-faults: $(READY) $(MODEL) ## break ranks on purpose, and see every one of them end
-	$(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+faults: $(READY) $(MODEL) ## break ranks on purpose, and see every one of them end; and the other slow tests
+	$(BIN)/python -m pytest tests -m "faults or slow" $(ARGS)
 
 soak: $(READY) ## two thousand phases of generation and weight sync: no error, and nothing that grows
 	$(BIN)/torchrun --nproc_per_node=2 scripts/soak.py $(ARGS)

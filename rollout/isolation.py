@@ -1,5 +1,6 @@
 """What vLLM changes in the process that it moves into, put back: the trainer's state is the trainer's."""
 
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserved_trainer_state() -> Iterator[None]:
-    """Leave random state, default dtype, precision switches, thread count and the environment as they were.
+    """Leave random state, default dtype, precision switches, threads, start method and environment as they were.
 
     vLLM's CPU worker seeds the global generators, replaces `torch.set_num_threads` by a no-op for the whole process,
     and its CPU platform writes LD_PRELOAD and LOCAL_WORLD_SIZE, which the trainer's data workers would inherit. Its
@@ -35,6 +36,7 @@ def preserved_trainer_state() -> Iterator[None]:
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     # vLLM's import and its CUDA attention change these two.
+    start_method = multiprocessing.get_start_method(allow_none=True)
     matmul_precision, cudnn_sdp = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     with preserved_random_state():
         try:
@@ -45,6 +47,8 @@ def preserved_trainer_state() -> Iterator[None]:
             torch.set_default_dtype(dtype)
             torch.set_float32_matmul_precision(matmul_precision)
             torch.backends.cuda.enable_cudnn_sdp(cudnn_sdp)
+            # The first lock that is made settles it for good: a trainer's own choice afterwards would be an error.
+            multiprocessing.set_start_method(start_method, force=True)
             os.environ.clear()
             os.environ.update(environment)
 

@@ -6,7 +6,7 @@
 
 The floor copies the bytes that this rank's shard of the engine takes from the policy, into memory that is there
 already, and does nothing else. Every rank waits for the others before each turn; a turn lasts until the last of them
-is done.
+is done. Extra memory: the peak of the turn over what was resident before it, the greatest of the ranks' (Linux).
 """
 
 import argparse
@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rollout import RolloutConfig, RolloutEngine, World, init_world
@@ -33,10 +35,12 @@ RANDOM_SIZES = {
 }
 LABELS = {
     "ours": "sync_weights",
+    "sharded": "sync_weights, the policy in FSDP2's shards",
     "reload": "vLLM's reload_weights",
     "disk": "save a file and reload it",
     "floor": "a plain copy of the same bytes",
 }
+OTHERS = ("reload", "floor", "ours")  # of which ratios are given
 
 
 def arguments() -> argparse.Namespace:
@@ -110,32 +114,68 @@ def make_systems(engine: RolloutEngine, policy: torch.nn.Module, scratch: Path) 
         for target, source in pairs:
             target.copy_(source)
 
-    return {"ours": lambda: engine.sync_weights(policy, next(versions)), "reload": reload, "disk": disk, "floor": floor}
+    sharded = in_shards(engine.model, policy)
+    return {
+        "ours": lambda: engine.sync_weights(policy, next(versions)),
+        "sharded": lambda: engine.sync_weights(sharded, next(versions)),
+        "reload": reload,
+        "disk": disk,
+        "floor": floor,
+    }
 
 
-def measure(systems: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each turn, the slowest rank's; one round more, the first, is not counted."""
+def in_shards(model: str, policy: torch.nn.Module) -> torch.nn.Module:
+    """The same policy once more, each rank with its part of every parameter."""
+    sharded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=next(policy.parameters()).dtype, trust_remote_code=False
+    )
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    return sharded
+
+
+def measure(
+    systems: dict[str, Callable[[], object]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and extra MiB of each turn, the slowest and the greatest rank's; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
+    extra: dict[str, list[float]] = {name: [] for name in systems}
     names = list(systems)
     for repeat in range(repeats + 1):
         first = repeat % len(names)
         for name in (*names[first:], *names[:first]):
+            before = reset_peak_memory()
             dist.barrier()
             start = time.perf_counter()
             systems[name]()
-            took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
+            figures = torch.tensor([time.perf_counter() - start, peak_memory() - before], dtype=torch.float64)
+            dist.all_reduce(figures, dist.ReduceOp.MAX)
             if repeat:
-                seconds[name].append(took.item())
-    return seconds
+                seconds[name].append(figures[0].item())
+                extra[name].append(figures[1].item())
+    return seconds, extra
 
 
-def rows(seconds: dict[str, list[float]]) -> list[dict]:
+def reset_peak_memory() -> float:
+    """MiB that are resident, from which on the peak counts."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def peak_memory() -> float:
+    """MiB that were resident at most since `reset_peak_memory`."""
+    (kib,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(kib) / 2**10
+
+
+def rows(seconds: dict[str, list[float]], extra: dict[str, list[float]]) -> list[dict]:
     """A row a system; ratios are paired by round."""
     found = []
     for name, of_system in seconds.items():
         row = {"system": name, "seconds": median(of_system), "least": min(of_system), "greatest": max(of_system)}
-        for other in ("reload", "floor"):
+        row["extra_mib"] = max(extra[name])
+        for other in OTHERS:
             if other in seconds and other != name:
                 ratios = [ours / theirs for ours, theirs in zip(of_system, seconds[other], strict=True)]
                 row[f"of_{other}"] = median(ratios)
@@ -145,16 +185,17 @@ def rows(seconds: dict[str, list[float]]) -> list[dict]:
 
 
 def table(found: list[dict]) -> str:
-    lines = ["| | seconds | of reload_weights | of the floor |", "|---|---|---|---|"]
+    lines = [
+        "| | seconds | of reload_weights | of the floor | of sync_weights | extra MiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in found:
-        seconds = f"{row['seconds']:.3f} [{row['least']:.3f} .. {row['greatest']:.3f}]"
-        ratios = [
-            f"{row[f'of_{other}']:.2f} [{row[f'of_{other}_range'][0]:.2f} .. {row[f'of_{other}_range'][1]:.2f}]"
-            if f"of_{other}" in row
-            else ""
-            for other in ("reload", "floor")
-        ]
-        lines.append(f"| {LABELS[row['system']]} | {seconds} | {ratios[0]} | {ratios[1]} |")
+        cells = [LABELS[row["system"]], f"{row['seconds']:.3f} [{row['least']:.3f} .. {row['greatest']:.3f}]"]
+        for other in OTHERS:
+            least, greatest = row.get(f"of_{other}_range", (0.0, 0.0))
+            cells.append(f"{row[f'of_{other}']:.2f} [{least:.2f} .. {greatest:.2f}]" if f"of_{other}" in row else "")
+        cells.append(f"{row['extra_mib']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -174,7 +215,7 @@ def main() -> None:
         planned = engine.sync_weights(policy, 0).planned
         first = time.perf_counter() - start
         systems = make_systems(engine, policy, Path(scratch[0]))
-        seconds = measure({name: systems[name] for name in args.systems}, args.repeats)
+        seconds, extra = measure({name: systems[name] for name in args.systems}, args.repeats)
         engine.sync_weights(policy, 10**6)
         engine.check_weights(policy)  # whatever the others did, the last sync is right
     parameters = sum(parameter.numel() for parameter in policy.parameters())
@@ -185,9 +226,9 @@ def main() -> None:
     )
     if world.is_main:
         shutil.rmtree(scratch[0])
-        print(f"{caption}\n\n{table(rows(seconds))}")
+        print(f"{caption}\n\n{table(rows(seconds, extra))}")
         if args.json:
-            whole = {"caption": caption, "first_seconds": first, "planned": planned, "rows": rows(seconds)}
+            whole = {"caption": caption, "first_seconds": first, "planned": planned, "rows": rows(seconds, extra)}
             args.json.write_text(json.dumps(whole, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()

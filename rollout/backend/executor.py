@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from copy import copy
-from multiprocessing import get_context
+from multiprocessing import Lock
 from typing import Any
 
 import numpy as np
@@ -140,8 +140,7 @@ class TorchrunExecutor(Executor):
                     # The group exists already; the CPU communicator names its segments after the last ":".
                     "distributed_init_method": f"env://:{job}",
                     "is_driver_worker": True,
-                    # Of a context of its own: multiprocessing.Lock would settle the start method of the whole process.
-                    "shared_worker_lock": get_context("spawn").Lock(),
+                    "shared_worker_lock": Lock(),
                 }
             ]
         )

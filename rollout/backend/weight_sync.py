@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.v1.worker.worker_base import WorkerBase
 
 from rollout.backend.sync_plan import Box, Layer, NoPlan, make_plan
@@ -97,7 +99,9 @@ class WeightSync:
             RuntimeError: without a plan, which alone knows what belongs where.
         """
         if self._plan is None:
-            raise RuntimeError("there is nothing to compare with: sync first, and by a plan (engine.describe())")
+            raise RuntimeError(
+                "there is nothing to compare with: sync first (SyncReport.planned says whether by a plan)"
+            )
         self._plan.check(weights, 0, None)
 
     def _whole(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,16 +110,30 @@ class WeightSync:
             yield name, whole_weight(weight, weight.dtype)
 
     def _proven_plan(self, weights: Weights) -> "PlannedSync | None":
+        """The plan, if every rank has one that is right: a reload of a sharded policy takes all of them."""
+        plan, reason = None, None
         with set_current_vllm_config(self._worker.vllm_config):
             try:
                 plan = PlannedSync(make_plan(self._model, self._shapes), self._model, self._reads_head)
-                prove(plan, weights)
-            except NoPlan as reason:
-                # Whatever a failed proof has left there.
-                load_policy_weights(self._worker, self._whole(weights))
-                warnings.warn(f"weights are synced through vLLM's reload, which is slower: {reason}", stacklevel=2)
-                return None
-        return plan
+            except NoPlan as error:
+                reason = str(error)
+            reason = first_of_ranks(reason)
+            if reason is None:
+                assert plan is not None
+                reason = first_of_ranks(disproof(plan, weights))
+            if reason is None:
+                return plan
+            load_policy_weights(self._worker, self._whole(weights))  # whatever a failed proof has left there
+        warnings.warn(f"weights are synced through vLLM's reload, which is slower: {reason}", stacklevel=2)
+        return None
+
+
+def first_of_ranks(reason: str | None) -> str | None:
+    """The reason of the first rank of the job that has one."""
+    group = get_world_group().cpu_group
+    everyones: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, reason, group=group)
+    return next((each for each in everyones if each is not None), None)
 
 
 class PlannedSync:
@@ -286,12 +304,8 @@ class Negated(Mapping[str, torch.Tensor]):
         return len(self._weights)
 
 
-def prove(plan: PlannedSync, weights: Weights) -> None:
-    """Compare the plan with the full reload of the same weights that the engine has just had.
-
-    Raises:
-        NoPlan: if a layer is not, bit for bit, what the reload made of it, or the plan does not reach it.
-    """
+def disproof(plan: PlannedSync, weights: Weights) -> str | None:
+    """Why the plan is wrong: it does not lead from other weights back to what a full reload of these has just made."""
     reloaded = fingerprint(plan.layers)
     plan.load(Negated(weights))
     negated = fingerprint(plan.layers)
@@ -299,9 +313,10 @@ def prove(plan: PlannedSync, weights: Weights) -> None:
     for layer, before, other, after in zip(plan.layers, reloaded, negated, fingerprint(plan.layers), strict=True):
         name = ", ".join(dict.fromkeys(copy.source for copy in layer.copies)) or type(layer.module).__name__
         if after != before:
-            raise NoPlan(f"{name} is not what a full reload makes of it")
+            return f"{name} is not what a full reload makes of it"
         if other == before and before != ZEROS:
-            raise NoPlan(f"{name} is not reached by the plan")
+            return f"{name} is not reached by the plan"
+    return None
 
 
 ZEROS = 0

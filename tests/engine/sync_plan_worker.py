@@ -118,7 +118,9 @@ def wrong_plans(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any
         return layers
 
     def none(*args):
-        raise NoPlan("a loader of weight does more than copy a rectangle")
+        if engine.world.rank == 1:
+            raise NoPlan("a loader of weight does more than copy a rectangle")
+        return make_plan(*args)
 
     found = {}
     for make in (k_for_v, without_a_norm, none):

@@ -31,6 +31,7 @@ def test_in_a_plain_process_and_under_torchrun(small_vocabulary_model_path: Path
     assert [tokens[0] for tokens in single["tokens"]] == [tokens[0] for tokens in ranks[0]["tokens"]]
 
 
+@pytest.mark.slow
 def test_two_jobs_side_by_side(small_vocabulary_model_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         jobs = list(pool.map(lambda _: results(small_vocabulary_model_path, nproc=2), range(2)))

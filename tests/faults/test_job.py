@@ -67,10 +67,8 @@ STALLS = (
 ONLY_RANK_0 = ("full disk", "SIGKILL of everybody", "SIGKILL of the launcher", "SIGTERM of the launcher", "Ctrl-C")
 WHOLE_STEPS = {"another config": 0, "full disk": 3}  # elsewhere as many as before the fault
 QUICK = {
-    ("exception in backward", 0),
     ("dropped request", 1),
     ("SIGSTOP of the rank", 1),
-    ("Ctrl-C", 0),
 }
 CASES = [
     pytest.param(fault, rank, marks=() if (fault, rank) in QUICK else pytest.mark.slow, id=f"{fault}, rank {rank}")

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.launch import launch
 
 
+@pytest.mark.slow
 def test_phases_of_all_kinds_leave_nothing_behind(tmp_path: Path) -> None:
     report = tmp_path / "soak.json"
     # The first phases fill allocators and caches: what two thousand phases may add is for the long run to say.
