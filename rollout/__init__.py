@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rollout.failure import Watch, beat, watched
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, write_trace
-    from rollout.weights import SyncReport
+    from rollout.weights import StaleWeights, SyncReport
     from rollout.world import World, init_world
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutEngine",
     "SamplingConfig",
+    "StaleWeights",
     "SyncReport",
     "Watch",
     "World",
@@ -40,6 +41,7 @@ __all__ = [
 _LAZY = {
     "RanksDisagree": "rollout.agreement",
     "RolloutEngine": "rollout.engine",
+    "StaleWeights": "rollout.weights",
     "SyncReport": "rollout.weights",
     "Watch": "rollout.failure",
     "World": "rollout.world",

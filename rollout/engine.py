@@ -167,8 +167,11 @@ class RolloutEngine:
             StaleWeights: names the first parameter that differs.
             RuntimeError: if nothing was synced yet, or not by a plan.
         """
-        with self._fence.one_caller(), self._fence.busy("checking weights"):
-            self._core.executor.check_policy_weights(dict(named_weights(policy)))
+        with self._fence.one_caller():
+            if not self._core.executor.sync_layers():
+                raise RuntimeError("there is no plan to compare by: sync first, and see SyncReport.planned")
+            with self._fence.busy("checking weights"):
+                self._core.executor.check_policy_weights(dict(named_weights(policy)))
 
     @contextmanager
     def awake(self) -> Iterator["RolloutEngine"]:

@@ -35,8 +35,8 @@ def preserved_trainer_state() -> Iterator[None]:
     """
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    # vLLM's import and its CUDA attention change these two.
     start_method = multiprocessing.get_start_method(allow_none=True)
+    # vLLM's import and its CUDA attention change these two.
     matmul_precision, cudnn_sdp = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     with preserved_random_state():
         try:

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 
+class StaleWeights(RuntimeError):
+    """After a sync the engine holds something else than the policy sent."""
+
+
 @dataclass(frozen=True)
 class SyncReport:
     """What one weight sync did on this rank.

@@ -12,26 +12,39 @@ is done. Extra memory: the peak of the turn over what was resident before it, th
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rollout import RolloutConfig, RolloutEngine, World, init_world
 
 ROOT = Path(__file__).resolve().parents[1]
-# Hidden size, layers, heads, key-value heads, intermediate size, vocabulary: Llamas of about that many parameters.
+sys.path.insert(0, str(ROOT))  # scripts/ is no installed package
+from scripts.bench.inputs import random_llama  # noqa: E402
+
 RANDOM_SIZES = {
-    "0.5B": (1024, 24, 16, 4, 4096, 65536),
-    "1.5B": (2048, 24, 16, 4, 6144, 65536),
+    "0.5B": {"hidden_size": 1024, "intermediate_size": 4096},
+    "1.5B": {"hidden_size": 2048, "intermediate_size": 6144},
+}
+"""Llamas of about that many parameters, which have the rest in common."""
+RANDOM: dict[str, Any] = {
+    "vocab_size": 65536,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
 }
 LABELS = {
     "ours": "sync_weights",
@@ -65,20 +78,9 @@ def model_folder(name: str, scratch: Path, world: World) -> str:
     """The model's folder; a random one is written by the main rank."""
     if not name.startswith("random:"):
         return name
-    hidden, layers, heads, kv_heads, intermediate, vocabulary = RANDOM_SIZES[name.removeprefix("random:")]
     if world.is_main:
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        size = RANDOM_SIZES[name.removeprefix("random:")]
+        model = random_llama(**RANDOM, **size)
         model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
         model.save_pretrained(scratch / "model")
     dist.barrier()

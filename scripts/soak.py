@@ -21,9 +21,12 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig, init_world, watched
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/ is no installed package
+from scripts.bench.inputs import SMALL_LLAMA, random_llama  # noqa: E402
 
 VOCABULARY = 512
 ENGINE = RolloutConfig(
@@ -67,28 +70,6 @@ def arguments() -> argparse.Namespace:
     if not 0 < args.settled < args.phases:
         parser.error(f"--settled is {args.settled}; it must be above 0 and below --phases, {args.phases}")
     return args
-
-
-def small_model(seed: int) -> LlamaForCausalLM:
-    """Two layers, random, its distributions far from uniform."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=ENGINE.max_model_len,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    return model
 
 
 def run_phase(engine: RolloutEngine, policy: LlamaForCausalLM, phase: int, args: argparse.Namespace) -> Sample:
@@ -163,7 +144,7 @@ def summary(samples: list[Sample]) -> str:
 def main() -> None:
     args = arguments()
     world = init_world()
-    policy = small_model(args.seed)
+    policy = random_llama(vocab_size=VOCABULARY, tie_word_embeddings=False, **SMALL_LLAMA)
     folder = [tempfile.mkdtemp(prefix="soak-") if world.is_main else ""]
     if world.is_main:
         policy.save_pretrained(folder[0])

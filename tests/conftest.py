@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.bench.inputs import SMALL_LLAMA, random_llama
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = ROOT / "models" / "smollm2-135m-tp2"
 MARKED_FOLDERS = ("distributed", "engine", "faults", "smoke", "gpu")
@@ -45,8 +47,7 @@ def model_path() -> Path:
 def tiny_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama in float32 with the default model's tokenizer: it starts fast and talks nonsense.
 
-    Hidden size 64, 4 query and 2 key-value heads of 32, the least head size that vLLM's CPU attention takes. The
-    weights are large enough that its distributions are far from uniform, so that a stale one shows.
+    `SMALL_LLAMA` says why it has the shape that it has.
     """
     from transformers import AutoTokenizer
 
@@ -66,25 +67,5 @@ def small_vocabulary_model_path(tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def _save_tiny_llama(folder: Path, vocab_size: int, eos_token_id: int, tie_word_embeddings: bool = True) -> None:
-    import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    ends = {"bos_token_id": 1, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=tie_word_embeddings,
-        initializer_range=0.2,
-        **ends,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(folder)
+    shape = {"vocab_size": vocab_size, "tie_word_embeddings": tie_word_embeddings, **SMALL_LLAMA}
+    random_llama(eos_token_id=eos_token_id, **shape).save_pretrained(folder)

@@ -21,6 +21,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from rollout.backend.sync_plan import Box, Layer, NoPlan, make_plan
 from rollout.backend.worker import load_policy_weights
+from rollout.weights import StaleWeights
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -28,10 +29,8 @@ PROBES = 4
 """Rows that a packed layer multiplies to show what it holds; and rows of a large parameter that a check looks at."""
 CHECKED_LAYERS = 4
 """Of a sync, in turn: within a twentieth of its time (docs/results.md)."""
-
-
-class StaleWeights(RuntimeError):
-    """After a sync the engine holds something else than the policy sent."""
+ZEROS = 0
+"""The fingerprint of a layer of zeros, whose sign cannot be changed."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,8 @@ class WeightSync:
 
         Raises:
             StaleWeights: names the first parameter that differs.
-            RuntimeError: without a plan, which alone knows what belongs where.
         """
-        if self._plan is None:
-            raise RuntimeError(
-                "there is nothing to compare with: sync first (SyncReport.planned says whether by a plan)"
-            )
+        assert self._plan is not None, "the engine asks only where there are layers"
         self._plan.check(weights, 0, None)
 
     def _whole(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -317,10 +312,6 @@ def disproof(plan: PlannedSync, weights: Weights) -> str | None:
         if other == before and before != ZEROS:
             return f"{name} is not reached by the plan"
     return None
-
-
-ZEROS = 0
-"""The fingerprint of a layer of zeros, whose sign cannot be changed."""
 
 
 @torch.inference_mode()

@@ -2,6 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 HUB_NAME = "HuggingFaceH4/MATH-500"
 SHARED_COPY = Path(__file__).resolve().parents[3] / "shared" / "data" / "math500.jsonl"
@@ -92,3 +96,34 @@ def one_layer_copy(model: str, folder: Path) -> Path:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     return folder
+
+
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+}
+"""Starts fast and talks nonsense. Heads of 32 are the least that vLLM's CPU attention takes; the weights are large
+enough that its distributions are far from uniform, so that a stale one shows."""
+
+
+def random_llama(eos_token_id: int = 2, **config: Any) -> "LlamaForCausalLM":
+    """A random Llama in float32, the same each time; the caller's random streams stay where they are.
+
+    Args:
+        config: of LlamaConfig.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**config, **ends))
+    model.generation_config = GenerationConfig(**ends)
+    return model

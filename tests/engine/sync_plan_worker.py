@@ -16,9 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import rollout.backend.weight_sync as weight_sync
-from rollout import RolloutConfig, RolloutEngine
+from rollout import RolloutConfig, RolloutEngine, StaleWeights
 from rollout.backend.sync_plan import NoPlan
-from rollout.backend.weight_sync import CHECKED_LAYERS, PlannedSync, StaleWeights, WeightSync, fingerprint
+from rollout.backend.weight_sync import CHECKED_LAYERS, PlannedSync, WeightSync, fingerprint
 from rollout.backend.worker import load_policy_weights
 
 
@@ -177,7 +177,12 @@ def main() -> None:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     policy.requires_grad_(False)
     with RolloutEngine(model, config) as engine:
-        results: dict[str, Any] = {"first": engine.sync_weights(policy, 0).planned}
+        results: dict[str, Any] = {"too_early": ""}
+        try:
+            engine.check_weights(policy)
+        except RuntimeError as error:
+            results["too_early"] = str(error)
+        results["first"] = engine.sync_weights(policy, 0).planned
         results["equal"] = by_plan_and_by_reload(engine, policy)
         engine.sync_weights(policy, 3)
         engine.check_weights(policy)

@@ -2,7 +2,9 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,6 +70,27 @@ def test_what_each_rank_would_decide_alone_is_refused(
     done = launch([WORKER, small_vocabulary_model_path, json.dumps(further)], nproc=None)
     assert done.returncode != 0
     assert words in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"kv_transfer_config": "a transfer"}, "kv_transfer_config"),
+        ({"ec_transfer_config": "a transfer"}, "ec_transfer_config"),
+        ({"policy": "priority"}, "scheduling_policy='priority'"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2"),
+        ({"pipeline_parallel_size": 3}, "pipeline_parallel_size=3"),
+        ({}, None),
+    ],
+)
+def test_each_refusal_names_its_setting(setting: dict, words: str | None) -> None:
+    from rollout.backend.refusals import refuse_what_ranks_decide_alone
+
+    usual = {"kv_transfer_config": None, "ec_transfer_config": None, "policy": "fcfs"}
+    values = SimpleNamespace(**{**usual, "data_parallel_size": 1, "pipeline_parallel_size": 1, **setting})
+    values.parallel_config = values.scheduler_config = values  # as far as the refusals read a VllmConfig
+    with pytest.raises(ValueError, match=f"^{words} cannot be used") if words else nullcontext():
+        refuse_what_ranks_decide_alone(values)
 
 
 def test_ranks_with_other_settings_are_refused(small_vocabulary_model_path: Path) -> None:

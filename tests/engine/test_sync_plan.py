@@ -28,6 +28,7 @@ def ranks(
 
 def test_a_plan_does_what_a_reload_does(ranks: list[dict]) -> None:
     for rank in ranks:
+        assert "sync first" in rank["too_early"], "and the engine can still be used"
         assert rank["first"]
         for found in rank["equal"]["found"]:
             assert found["planned"] and found["equal"] and found["layers"] >= 14

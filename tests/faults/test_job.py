@@ -5,10 +5,10 @@
 
 import contextlib
 import json
-import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +91,15 @@ def outside() -> set[Path]:
     return {path for path in found if str(path) not in sockets and not is_mapped(path)}
 
 
+def left_by(jobs: Sequence[Completed], before: set[Path]) -> list[str]:
+    """Processes that outlived their jobs, and what is outside that was not there before."""
+    return [line for done in jobs for line in done.left_running] + [path.name for path in sorted(outside() - before)]
+
+
+def named(left: list[str]) -> str:
+    return ", ".join(left) or "nothing"
+
+
 def is_mapped(path: Path) -> bool:
     """True for the shared memory of a job that runs beside this one."""
     for maps in Path("/proc").glob("[0-9]*/maps"):
@@ -107,11 +116,11 @@ def test_it_ends_as_designed(fault: str, rank: int, tiny_model_path: Path, tmp_p
     ended = time.time()
     assert (tmp_path / "fault").exists(), done.stderr[-4000:]
     seconds = ended - float((tmp_path / "fault").read_text())
-    left = [*done.left_running, *(path.name for path in sorted(outside() - before))]
+    left = left_by([done], before)
     story = tmp_path / "run" / "failure.json"
     failure = json.loads(story.read_text()) if story.exists() else None
     said = failure["error"].splitlines()[0] if failure else "nobody was left to tell"
-    table.append(Row(fault, rank, f"{done.returncode}: {said[:100]}", seconds, ", ".join(left) or "nothing"))
+    table.append(Row(fault, rank, f"{done.returncode}: {said[:100]}", seconds, named(left)))
 
     assert done.returncode != 0
     assert left == []
@@ -122,7 +131,7 @@ def test_it_ends_as_designed(fault: str, rank: int, tiny_model_path: Path, tmp_p
         assert failure["error"].splitlines()[0] in done.stderr, "on the console, too"
         assert set(failure["stacks"]) == {"0", "1"}
         if expected.startswith("PlantedError"):
-            assert failure["rank"] == rank and "in raises" not in failure["error"]
+            assert failure["rank"] == rank
             assert "raise PlantedError(where)" in failure["traceback"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     steps = [json.loads(row)["step"] for row in metrics.read_text().splitlines()] if metrics.exists() else []
@@ -131,24 +140,27 @@ def test_it_ends_as_designed(fault: str, rank: int, tiny_model_path: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_start_beside_what_a_killed_job_left(tiny_model_path: Path, tmp_path: Path, table: list[Row]) -> None:
+    before = outside()
     run(tiny_model_path, tmp_path / "killed", "SIGKILL of everybody")
-    start = time.time()
     done = run(tiny_model_path, tmp_path / "next", "none")
-    seconds = time.time() - start
-    table.append(Row("start beside a killed job's leftovers", None, f"{done.returncode}", seconds, "nothing"))
+    left = left_by([done], before)
+    row = Row("start beside a killed job's leftovers", None, f"{done.returncode}", done.seconds, named(left))
+    table.append(row)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.left_running == []
+    assert left == []
 
 
 @pytest.mark.slow
 def test_two_jobs_on_one_host_at_the_same_time(tiny_model_path: Path, tmp_path: Path, table: list[Row]) -> None:
-    start = time.time()
+    before = outside()
     with ThreadPoolExecutor(2) as pool:
         folders = [tmp_path / "one", tmp_path / "two"]
         jobs = list(pool.map(lambda folder: run(tiny_model_path, folder, "none"), folders))
     codes = [done.returncode for done in jobs]
-    table.append(Row("two jobs at the same time", None, f"{codes}", time.time() - start, "nothing"))
+    left = left_by(jobs, before)
+    table.append(Row("two jobs at the same time", None, f"{codes}", max(done.seconds for done in jobs), named(left)))
     assert codes == [0, 0], jobs[0].stderr[-2000:] + jobs[1].stderr[-2000:]
+    assert left == []
     samples = [(folder / "run" / "samples.jsonl").read_text() for folder in folders]
     assert samples[0] == samples[1], "neither heard anything of the other"
 
@@ -156,4 +168,4 @@ def test_two_jobs_on_one_host_at_the_same_time(tiny_model_path: Path, tmp_path: 
 def test_every_fault_that_can_be_planted_is_planted() -> None:
     planted = re.findall(r'^    "([^"]+)": lambda', JOB.read_text(), re.MULTILINE)
     assert {*planted} == {*SAYS, "none"}
-    assert len(CASES) >= 20 and os.environ.get("RANK") is None
+    assert len(CASES) >= 20

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from scripts.bench.inputs import random_llama
 
 VOCABULARY = 49152
 
@@ -13,7 +14,7 @@ def write_random_llama(folder: Path) -> None:
 
     The weights are twice as large as usual, so that its distributions are far from uniform and a stale layer shows.
     """
-    config = LlamaConfig(
+    model = random_llama(
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=2816,
@@ -23,12 +24,5 @@ def write_random_llama(folder: Path) -> None:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.04,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
