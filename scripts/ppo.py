@@ -10,9 +10,9 @@ from trainers.config import PPOConfig
 
 
 def main(config: PPOConfig) -> None:
-    from trainers.ppo import train  # torch and vLLM load only once the config is known to be sound
+    from trainers.ppo import train_ppo  # torch and vLLM load only once the config is known to be sound
 
-    train(config)
+    train_ppo(config)
 
 
 if __name__ == "__main__":

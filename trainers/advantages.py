@@ -1,13 +1,16 @@
-"""From scores and values to advantages: per-token rewards, GAE, whitening. Pure functions, no gradient flows.
+"""From scores and values to advantages: token rewards, GAE, groups, whitening. Pure functions, no gradient flows.
 
 All tensors are (batch, response) and right-padded: row b holds its response's tokens in columns 0 to length - 1, and
 `response_mask` is True exactly there. Results are zero outside the mask, whatever the arguments hold there.
 """
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 
 from trainers.across_ranks import sum_over_ranks
+from trainers.losses import KL_ESTIMATORS
 
 
 def token_rewards(
@@ -16,13 +19,14 @@ def token_rewards(
     ref_logprobs: torch.Tensor | None,
     response_mask: torch.Tensor,
     kl_coef: float,
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
 ) -> torch.Tensor:
     """The reward of each token: a KL penalty on every one, and the response's score on the last.
 
-        r_t = -kl_coef * (log pi(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is last] * score
+        r_t = -kl_coef * KL(log pi_ref(a_t | s_t) - log pi(a_t | s_t)) + [t is last] * score
 
-    as in RLHF (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022, arXiv:2203.02155, eq. 2). The
-    penalty is the estimator k1, whose sum over a sampled response is an unbiased estimate of the sequence's KL.
+    as in RLHF (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022, arXiv:2203.02155, eq. 2). Both take
+    k1, log pi - log pi_ref, whose sum over a sampled response is an unbiased estimate of the sequence's KL.
 
     Args:
         scores: (batch,) float, of whole responses.
@@ -30,6 +34,7 @@ def token_rewards(
         ref_logprobs: (batch, response) float, of the frozen reference; None means no penalty.
         response_mask: (batch, response) bool; True = a generated token.
         kl_coef: price of one nat.
+        kl_estimator: of `trainers.losses`.
 
     Returns:
         (batch, response) float32 or wider, zero outside the mask. A row without a token gets no reward.
@@ -43,13 +48,14 @@ def token_rewards(
     """
     if kl_coef and ref_logprobs is None:
         raise ValueError(
-            f"ppo.kl_coef is {kl_coef} but there are no reference log-probs; set ppo.kl_coef=0 or load a reference"
+            f"kl_coef is {kl_coef} but there are no reference log-probs; set kl_coef=0 or load a reference"
         )
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     is_last = response_mask & (columns == response_mask.sum(dim=1, keepdim=True) - 1)
     rewards = torch.where(is_last, scores[:, None].to(logprobs.dtype), 0.0)
     if ref_logprobs is not None:
-        rewards = rewards - kl_coef * torch.where(response_mask, logprobs - ref_logprobs, 0.0)
+        penalty = KL_ESTIMATORS[kl_estimator](torch.where(response_mask, ref_logprobs - logprobs, 0.0))
+        rewards = rewards - kl_coef * penalty
     return rewards
 
 
@@ -92,6 +98,41 @@ def gae(
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
+
+
+def group_advantages(
+    scores: torch.Tensor, groups: torch.Tensor, how: Literal["grpo", "dr_grpo", "rloo"], eps: float = 1e-6
+) -> torch.Tensor:
+    """How much better a response is than the others to its prompt.
+
+        grpo     (r - mean of the group) / (its standard deviation + eps)    arXiv:2402.03300, sec. 4.1.2
+        dr_grpo  r - mean of the group                                       arXiv:2503.20783, sec. 3.2
+        rloo     r - mean of the group's others                              arXiv:2402.14740
+
+    The deviation is the sample's, over size - 1, as in most published code. A response alone in its group gets 0.
+
+    Args:
+        scores: (batch,) float, of whole responses, this rank's.
+        groups: (batch,) int64, equal for the responses to one prompt; a group is on one rank.
+
+    Returns:
+        (batch,) float, in the scores' dtype.
+
+    >>> scores, groups = torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 1])
+    >>> group_advantages(scores, groups, "rloo")
+    tensor([ 1.0000, -0.5000, -0.5000,  0.0000])
+    """
+    _, index = groups.unique(return_inverse=True)
+    wide = scores.double()
+    zeros = wide.new_zeros(int(index.max()) + 1)
+    counts = zeros.index_add(0, index, torch.ones_like(wide))[index]
+    centred = wide - zeros.index_add(0, index, wide)[index] / counts
+    if how == "rloo":
+        centred = centred * counts / (counts - 1).clamp(min=1)
+    elif how == "grpo":
+        squares = zeros.index_add(0, index, centred.square())[index]
+        centred = centred / ((squares / (counts - 1).clamp(min=1)).sqrt() + eps)
+    return centred.to(scores.dtype)
 
 
 def whiten(

@@ -28,11 +28,14 @@ class TrainBatch:
         response_mask: (batch, response) bool; True = a generated token.
         engine_logprobs: (batch, response) float32, natural log, as the engine sampled them.
         scores: (batch,) float32, of whole responses.
-        logprobs: (batch, response) float32, of the policy before the first update, by the trainer.
-        values: (batch, response) float32, V(s_t) before the first update, of the state before token t.
+        groups: (batch,) int64, the number of the prompt among this rank's: equal for the responses of one prompt.
+        logprobs: (batch, response) float32, of the policy before the first update, by the trainer; None where nobody
+            needs them before that update.
+        values: (batch, response) float32, V(s_t) before the first update, of the state before token t; None without
+            a critic.
         ref_logprobs: (batch, response) float32, of the frozen reference; None without one.
         advantages: (batch, response) float32.
-        returns: (batch, response) float32, the targets of the values.
+        returns: (batch, response) float32, the targets of the values; None without a critic.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +45,7 @@ class TrainBatch:
     response_mask: torch.Tensor
     engine_logprobs: torch.Tensor
     scores: torch.Tensor
+    groups: torch.Tensor
     logprobs: torch.Tensor | None = None
     values: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
@@ -50,6 +54,11 @@ class TrainBatch:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def sampled_logprobs(self) -> torch.Tensor:
+        """(batch, response) float32: the trainer's of the policy that sampled, or the engine's where there are none."""
+        return self.engine_logprobs if self.logprobs is None else self.logprobs
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -68,8 +77,8 @@ class TrainBatch:
         first = self.prompt_lengths[:, None] - 1
         return (positions >= first) & (positions < first + self.response_lengths[:, None])
 
-    def with_targets(self, advantages: torch.Tensor, returns: torch.Tensor) -> "TrainBatch":
-        """The batch with its advantages and returns, both (batch, response)."""
+    def with_targets(self, advantages: torch.Tensor, returns: torch.Tensor | None = None) -> "TrainBatch":
+        """The batch with its advantages and, for a critic, its returns, both (batch, response)."""
         return replace(self, advantages=advantages, returns=returns)
 
     def select(self, rows: torch.Tensor) -> "TrainBatch":
@@ -102,8 +111,8 @@ class TrainBatch:
         """
         if len(self) < num_minibatches:
             raise ValueError(
-                f"ppo.minibatches is {num_minibatches} but this rank has {len(self)} responses; give every rank at "
-                "least as many by a larger ppo.prompts_per_step or sampling.n, or lower ppo.minibatches"
+                f"minibatches is {num_minibatches} but this rank has {len(self)} responses; give every rank at "
+                "least as many by a larger prompts_per_step or sampling.n, or lower minibatches"
             )
         generator = torch.Generator().manual_seed(seed)  # its own: the trainer's random state stays as it is
         for _ in range(epochs):
@@ -176,6 +185,7 @@ def make_batch(rollouts: RolloutBatch, scores: Sequence[float] | np.ndarray, dev
         response_mask=tensor(response_mask, torch.bool),
         engine_logprobs=tensor(engine_logprobs, torch.float32),
         scores=tensor(scores, torch.float32),
+        groups=tensor(rollouts.prompt_index, torch.int64),
     )
 
 

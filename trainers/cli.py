@@ -23,9 +23,11 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from trainers.config import ConfigError, PPOConfig, check_model, check_world
+from trainers.checks import check_model, check_world
+from trainers.config import Experiment
+from trainers.errors import ConfigError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Experiment)
 
 YAML_SUFFIXES = (".yaml", ".yml")
 WAIT_FOR_FIRST_RANK_S = 5.0
@@ -39,9 +41,7 @@ class Given(NamedTuple):
     is_text: bool
 
 
-def run_cli(
-    config_class: type[PPOConfig], main: Callable[[PPOConfig], None], argv: Sequence[str] | None = None
-) -> None:
+def run_cli(config_class: type[Config], main: Callable[[Config], None], argv: Sequence[str] | None = None) -> None:
     """Parse the command line, check everything that needs no model, then call `main(config)`.
 
     A ConfigError, from here or from `main`, becomes one paragraph on stderr and exit code 1. With `--dry-run` the
@@ -79,13 +79,14 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> tuple[Config, bool
         ConfigError: for an unknown or repeated key, a wrong type, a number out of range, a contradiction.
         SystemExit: after printing the help.
 
+    >>> from trainers.config import PPOConfig
     >>> config, dry_run = parse(PPOConfig, ["rollout.max_num_seqs=64", "--dry-run"])
     >>> config.rollout.max_num_seqs, dry_run
     (64, True)
     >>> parse(PPOConfig, ["rollout.max_num_seq=64"])
     Traceback (most recent call last):
     ...
-    trainers.config.ConfigError: rollout.max_num_seq (on the command line) is not a key; did you mean \
+    trainers.errors.ConfigError: rollout.max_num_seq (on the command line) is not a key; did you mean \
 rollout.max_num_seqs? `--help` lists all keys
     """
     argv = list(argv)
@@ -120,6 +121,7 @@ rollout.max_num_seqs? `--help` lists all keys
 def dump(config: Any) -> str:
     """The config as YAML, every key written out; `parse` of it gives the same config back.
 
+    >>> from trainers.config import PPOConfig
     >>> print(*dump(PPOConfig()).splitlines()[:3], sep="\\n")
     model:
       path: "models/smollm2-135m-tp2"
@@ -153,7 +155,7 @@ def help_text(config_class: type) -> str:
     about_sections = _argument_docs(config_class)
     for section, hint in typing.get_type_hints(config_class).items():
         lines += ["", f"{section}: {about_sections.get(section, '')}"]
-        about, hints, defaults = _argument_docs(hint), typing.get_type_hints(hint), hint()
+        about, hints, defaults = _argument_docs(hint), typing.get_type_hints(hint), getattr(config_class(), section)
         for key in hints:
             value = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=1000).split("\n")[0]
             text = f"{about.get(key, '')} ({accepted(hints[key])})"
@@ -192,7 +194,9 @@ def _keys(config_class: type) -> dict[str, Any]:
 
 
 def _argument_docs(documented: type) -> dict[str, str]:
-    params = docstring_parser.parse(documented.__doc__ or "").params
+    """Of a dataclass and of those that it extends."""
+    texts = [owner.__doc__ or "" for owner in reversed(documented.__mro__)]
+    params = [param for text in texts for param in docstring_parser.parse(text).params]
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
@@ -206,6 +210,9 @@ def _parse_types(config_class: type, arguments: list[str], given: dict[str, Give
     parser.add_argument("--config", action="config")
     for section, section_class in typing.get_type_hints(config_class).items():
         parser.add_class_arguments(section_class, section)
+        defaults = getattr(config_class(), section)  # an experiment may have others than the section by itself
+        keys_of_section = [key.name for key in dataclasses.fields(section_class)]
+        parser.set_defaults({f"{section}.{key}": getattr(defaults, key) for key in keys_of_section})
     try:
         parsed = parser.parse_args(arguments)
     except (ArgumentError, TypeError, ValueError) as error:
@@ -305,7 +312,7 @@ def _nearest(key: str, keys: dict[str, Any]) -> str:
     return f"; there are {', '.join(group)} (`--help` lists all keys)"
 
 
-def _check_data(config: PPOConfig) -> str:
+def _check_data(config: Experiment) -> str:
     """Read the tokenizer and the data, as the run would."""
     from transformers import AutoTokenizer
 

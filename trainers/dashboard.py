@@ -18,7 +18,8 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from trainers.config import ConfigError, RunConfig, WandbConfig
+from trainers.config import RunConfig, WandbConfig
+from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
     from wandb import Run, Settings

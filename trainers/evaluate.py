@@ -1,4 +1,4 @@
-"""The passes without gradient before a step's first update: old log-probs, values and reference log-probs."""
+"""The passes without gradient before a step's first update: old log-probs, values, reference log-probs, as wanted."""
 
 from dataclasses import replace
 
@@ -7,16 +7,17 @@ from transformers import PreTrainedModel
 
 from rollout import beat
 from trainers.batching import TrainBatch, microbatch_rows, unpack
-from trainers.policy import PolicyWithValue, reference_logprobs
+from trainers.policy import Policy, reference_logprobs
 
 
 @torch.no_grad()
 def evaluate(
     batch: TrainBatch,
-    policy: PolicyWithValue,
+    policy: Policy,
     reference: PreTrainedModel | None,
     temperature: float,
     token_budget: int,
+    logprobs: bool = True,
 ) -> TrainBatch:
     """The batch with what the policy and the reference say about its responses; no collective.
 
@@ -29,25 +30,40 @@ def evaluate(
         reference: frozen, on the same device; None without a KL penalty.
         temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
         token_budget: tokens of one pass, padding counted; more than in training fits, since nothing is kept.
+        logprobs: False leaves out the policy's log-probs.
 
     Returns:
-        The batch, in its order, with `logprobs`, `values` and, with a reference, `ref_logprobs`, each
-        (batch, response), zero outside `response_mask`.
+        The batch, in its order, with `logprobs`, with a value head `values`, with a reference `ref_logprobs`, each
+        (batch, response) float32 or wider, zero outside `response_mask`; what is not wanted stays None.
     """
-    logprobs = batch.engine_logprobs.new_zeros(batch.response_mask.shape, dtype=policy.value_head.weight.dtype)
-    values, ref_logprobs = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    found: dict[str, torch.Tensor] = {}
+    values = policy.value_head is not None
+    if not (logprobs or values or reference is not None):
+        return batch
     for rows in microbatch_rows(batch.lengths, token_budget):
         part = batch.select(rows)
         inputs = (part.input_ids, part.predicts_response, part.targets, temperature)
-        output = policy(*inputs, values=True)
-        _store(logprobs, rows, output.logprobs, part.response_mask)
-        _store(values, rows, output.values, part.response_mask)
+        if logprobs or values:
+            output = policy(*inputs, logprobs=logprobs)
+            if logprobs:
+                _store(found, "logprobs", rows, output.logprobs, part.response_mask, batch)
+            if values:
+                _store(found, "values", rows, output.values, part.response_mask, batch)
         if reference is not None:
-            _store(ref_logprobs, rows, reference_logprobs(reference, *inputs), part.response_mask)
+            packed = reference_logprobs(reference, *inputs)
+            _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
         beat()
-    return replace(batch, logprobs=logprobs, values=values, ref_logprobs=None if reference is None else ref_logprobs)
+    return replace(batch, **found)
 
 
-def _store(table: torch.Tensor, rows: torch.Tensor, packed: torch.Tensor, mask: torch.Tensor) -> None:
+def _store(
+    found: dict[str, torch.Tensor],
+    name: str,
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    mask: torch.Tensor,
+    batch: TrainBatch,
+) -> None:
     """Writes the packed (tokens,) values of some rows to their places in a (batch, response) table."""
-    table[rows.to(table.device), : mask.shape[1]] = unpack(packed, mask).to(table.dtype)
+    table = found.setdefault(name, packed.new_zeros(batch.response_mask.shape))
+    table[rows.to(table.device), : mask.shape[1]] = unpack(packed, mask)

@@ -1,10 +1,12 @@
-"""PPO's losses and the KL estimators.
+"""The losses of the policy and of the critic, and the KL estimators.
 
 Shapes are free, commonly (batch, response); all tensors of a call share one. A loss is a SUM over the masked tokens of
 this micro-batch on this rank, divided by `num_tokens`: the number of valid tokens of the whole minibatch, over all
 ranks and all micro-batches (`across_ranks.count_over_ranks`). Accumulated over micro-batches and summed over ranks
 it is the mean over tokens of the one big batch. The statistics are parts of the same kind: add them up likewise.
 """
+
+from typing import Literal
 
 import torch
 
@@ -21,28 +23,76 @@ def token_mean_part(x: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> tor
     return torch.where(mask, x, 0.0).sum() / num_tokens
 
 
-def ppo_policy_loss(
+def loss_weights(
+    mask: torch.Tensor,
+    mean: Literal["token", "sequence", "constant"],
+    num_tokens: int,
+    num_sequences: int,
+    max_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """What each token's loss counts, so that the sum over the minibatch is the mean that was asked for.
+
+        token     1 / all tokens of the minibatch              (DAPO, arXiv:2503.14476, sec. 3.3)
+        sequence  1 / (sequences * tokens of this response)    (GRPO, arXiv:2402.03300, eq. 3)
+        constant  1 / (sequences * max_tokens)                 (Dr. GRPO, arXiv:2503.20783, sec. 3.2)
+
+    Args:
+        mask: (batch, response) bool; True = a token that counts.
+        mean: which of the three.
+        num_tokens: valid tokens of the minibatch, all ranks and micro-batches.
+        num_sequences: its responses, all ranks and micro-batches.
+        max_tokens: of a response, the limit.
+        dtype: of the result.
+
+    Returns:
+        (batch, response) float, zero outside the mask.
+
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> loss_weights(mask, "sequence", num_tokens=3, num_sequences=2, max_tokens=4)
+    tensor([[0.2500, 0.2500],
+            [0.5000, 0.0000]])
+    """
+    if mean == "token":
+        counts: torch.Tensor | float = num_tokens
+    elif mean == "sequence":
+        counts = num_sequences * mask.sum(dim=1, keepdim=True).clamp(min=1)
+    else:
+        counts = num_sequences * max_tokens
+    return mask.to(dtype) / counts
+
+
+def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
-    clip_range: float,
+    weights: torch.Tensor,
     num_tokens: int,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[torch.Tensor, Stats]:
     """The clipped surrogate objective, negated: a loss to minimise.
 
         ratio = pi(a | s) / pi_old(a | s)
-        loss  = -mean of min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A)
+        gain  = min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range_high) * A)
+        gain  = max(gain, dual_clip * A) where A < 0
+        loss  = -sum of weight * gain
 
-    Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7; two clip ranges as in DAPO (arXiv:2503.14476, sec. 3.1); the dual
+    clip of Ye et al. 2020 (arXiv:1912.09729).
 
     Args:
         logprobs: float, of the policy in training, with gradient.
         old_logprobs: float, of the policy before this step's first update.
         advantages: float.
         mask: bool; True = a token that counts.
+        weights: float, of each token: `loss_weights`, times a correction if need be; no gradient.
+        num_tokens: valid tokens of the minibatch, all ranks and micro-batches; for the statistics.
         clip_range: epsilon, above 0.
-        num_tokens: valid tokens of the minibatch, all ranks and micro-batches.
+        clip_range_high: above 1, if that is another number.
+        dual_clip: bound of the ratio where the advantage is negative, above 1; None has none.
 
     Returns:
         The loss's part of these tokens, scalar, this rank; and parts of
@@ -50,16 +100,20 @@ def ppo_policy_loss(
             clip_fraction: tokens whose ratio lies outside the clip range (whichever way the advantage points);
             kl: KL(old || new) by the estimator k3, in nats a token.
 
-    >>> loss, stats = ppo_policy_loss(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), torch.tensor([3.0]),
-    ...                               torch.tensor([True]), clip_range=0.25, num_tokens=1)
+    >>> one = torch.tensor([1.0])
+    >>> loss, stats = policy_loss(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), 3 * one, one.bool(), one, 1,
+    ...                           clip_range=0.25)
     >>> loss, stats["clip_fraction"]  # the ratio 2 counts as 1.25
     (tensor(-3.7500), tensor(1.))
     """
     # Masked before exp, not after: a padded token's inf would turn into a NaN gradient.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    loss = token_mean_part(-torch.minimum(ratio * advantages, clipped * advantages), mask, num_tokens)
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + (clip_range if clip_range_high is None else clip_range_high))
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    loss = torch.where(mask, -weights * gain, 0.0).sum()
     with torch.no_grad():
         stats = {
             "policy_loss": loss.detach(),
@@ -67,6 +121,37 @@ def ppo_policy_loss(
             "kl": token_mean_part(kl_k3(log_ratio), mask, num_tokens),
         }
     return loss, stats
+
+
+def kl_loss(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    num_tokens: int,
+    estimator: Literal["k2", "k3"],
+) -> tuple[torch.Tensor, Stats]:
+    """KL(policy || reference) as a term of the loss (GRPO, arXiv:2402.03300, eq. 4 with k3).
+
+    Its gradient is that of the estimator at the sampled token. k2's is, on average, the gradient of the KL; k3's is
+    that of the reverse one, the same to first order where the two policies are close (Schulman 2020).
+
+    Args:
+        logprobs: float, of the policy in training, with gradient.
+        ref_logprobs: float, of the frozen reference.
+        mask, weights, num_tokens: as in `policy_loss`.
+
+    Returns:
+        The term's part of these tokens, scalar, this rank, to be multiplied by its coefficient; and parts of
+            kl_ref: the estimate's mean over tokens.
+
+    >>> one = torch.tensor([1.0])
+    >>> kl_loss(-one, -2 * one, one.bool(), one, 1, "k2")[0]
+    tensor(0.5000)
+    """
+    estimate = KL_ESTIMATORS[estimator](torch.where(mask, ref_logprobs - logprobs, 0.0))
+    loss = torch.where(mask, weights * estimate, 0.0).sum()
+    return loss, {"kl_ref": token_mean_part(estimate.detach(), mask, num_tokens)}
 
 
 def value_loss(
@@ -155,3 +240,6 @@ def kl_k3(log_ratio: torch.Tensor) -> torch.Tensor:
     tensor(0.1065)
     """
     return torch.expm1(log_ratio) - log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

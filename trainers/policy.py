@@ -1,4 +1,4 @@
-"""The policy in training, with a value head on its trunk, and the frozen reference.
+"""The policy in training, with or without a critic, and the frozen reference.
 
 Layout of a batch, everywhere in this folder: rows are right-padded, prompt then response. The hidden state at a
 position predicts the next token, so the first response token is predicted at the prompt's last position and the last
@@ -10,11 +10,11 @@ token that counts ever sees a pad (a test compares with rows run one by one); wi
 take their causal fast path.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainers.logprobs import token_logprobs
 
@@ -23,18 +23,18 @@ class PolicyOutput(NamedTuple):
     """What a forward pass gives for the response tokens of its rows; (tokens,) tensors, float32 or wider.
 
     Attributes:
-        logprobs: of each response token, natural log, at the sampling temperature.
+        logprobs: of each response token, natural log, at the sampling temperature; None if not asked for.
         entropy: nats, of the distribution that the token was drawn from; None unless asked for.
         values: V(s_t), of the state before the token; None unless asked for.
     """
 
-    logprobs: torch.Tensor
+    logprobs: torch.Tensor | None
     entropy: torch.Tensor | None
     values: torch.Tensor | None
 
 
-class PolicyWithValue(nn.Module):
-    """A causal language model and a scalar value head that reads the same hidden states.
+class Policy(nn.Module):
+    """A causal language model; with values, also a critic: a scalar head on the same hidden states or on its own trunk.
 
     One forward pass uses every parameter, through this module's own `forward`: DDP's hooks need that. Train with
     `values=True`, or DDP waits for the value head's gradient.
@@ -45,20 +45,34 @@ class PolicyWithValue(nn.Module):
 
     Args:
         language_model: any Hugging Face causal language model whose head is one matrix (see `require_plain_head`).
+        with_values: True adds a value head.
+        critic: the trunk of a model of its own, which the value head then reads; None reads the language model's.
 
     Attributes:
         language_model: the same; its `named_parameters()` are what the rollout engine takes over.
-        value_head: Linear(hidden, 1).
+        critic: the same.
+        value_head: Linear(hidden, 1), or None.
     """
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    def __init__(
+        self, language_model: PreTrainedModel, with_values: bool = False, critic: PreTrainedModel | None = None
+    ) -> None:
         super().__init__()
-        weight = language_model.get_output_embeddings().weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
         self.language_model = language_model
-        self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=dtype)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.critic = critic
+        self.value_head: nn.Linear | None = None
+        if with_values:
+            trunk = critic or language_model
+            width = trunk.config.get_text_config().hidden_size
+            dtype = torch.promote_types(trunk.dtype, torch.float32)
+            self.value_head = nn.Linear(width, 1, device=trunk.device, dtype=dtype)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Of the value head and of its own trunk, if it has one; none without values."""
+        modules = [module for module in (self.value_head, self.critic) if module is not None]
+        return [parameter for module in modules for parameter in module.parameters()]
 
     def forward(
         self,
@@ -67,6 +81,7 @@ class PolicyWithValue(nn.Module):
         targets: torch.Tensor,
         temperature: float = 1.0,
         entropy: bool = False,
+        logprobs: bool = True,
         values: bool = True,
     ) -> PolicyOutput:
         """Log-probs, entropies and values of the response tokens.
@@ -77,26 +92,33 @@ class PolicyWithValue(nn.Module):
             targets: (tokens,) int64, the response tokens, row after row.
             temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
             entropy: True gives entropies; their gradient is exact.
-            values: True gives values.
+            logprobs: False skips the head, the larger part of a small model; for passes without gradient.
+            values: True gives values, where there is a value head.
         """
-        hidden = response_hidden_states(self.language_model, input_ids, predicts_response)
-        head = self.language_model.get_output_embeddings().weight
-        logprobs, entropies = token_logprobs(hidden, head, targets, temperature, entropy)
-        state_values = None
-        if values:
-            with torch.autocast(hidden.device.type, enabled=False):
-                state_values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-        return PolicyOutput(logprobs, entropies, state_values)
+        wants_values = values and self.value_head is not None
+        token_logprob = entropies = state_values = None
+        if logprobs or (wants_values and self.critic is None):
+            hidden = response_hidden_states(self.language_model.base_model, input_ids, predicts_response)
+        if logprobs:
+            head = self.language_model.get_output_embeddings().weight
+            token_logprob, entropies = token_logprobs(hidden, head, targets, temperature, entropy)
+        if wants_values:
+            if self.critic is not None:
+                hidden = response_hidden_states(self.critic, input_ids, predicts_response)
+            state_values = self._values(hidden)
+        return PolicyOutput(token_logprob, entropies, state_values)
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.value_head is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
 
-def response_hidden_states(
-    language_model: PreTrainedModel, input_ids: torch.Tensor, predicts_response: torch.Tensor
-) -> torch.Tensor:
+def response_hidden_states(trunk: nn.Module, input_ids: torch.Tensor, predicts_response: torch.Tensor) -> torch.Tensor:
     """The last hidden states at the positions that predict response tokens: (tokens, hidden).
 
     The trunk alone is called: the language model's own forward would make logits for every position.
     """
-    trunk = language_model.base_model
     hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, predicts_response.flatten().nonzero().squeeze(1))
 
@@ -109,25 +131,36 @@ def reference_logprobs(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """The frozen reference's log-probs of the response tokens; arguments and result as of `PolicyWithValue.forward`."""
-    hidden = response_hidden_states(reference, input_ids, predicts_response)
+    hidden = response_hidden_states(reference.base_model, input_ids, predicts_response)
     return token_logprobs(hidden, reference.get_output_embeddings().weight, targets, temperature)[0]
 
 
-def load_policy(path: str, dtype: str | torch.dtype, gradient_checkpointing: bool = False) -> PolicyWithValue:
+def load_policy(
+    path: str,
+    dtype: str | torch.dtype,
+    gradient_checkpointing: bool = False,
+    with_values: bool = False,
+    critic_path: str | None = None,
+) -> Policy:
     """A policy to train, on the CPU and in training mode, from a Hugging Face model.
 
     Args:
         path: local folder or hub name.
         dtype: of the weights, "float32" or "bfloat16" (or a torch dtype).
         gradient_checkpointing: True recomputes each layer in the backward pass: less memory, a forward pass more.
+        with_values: True adds a value head,
+        critic_path: and this a model of its own under it.
 
     Raises:
         ValueError: if the model's logits are more than hidden states times one matrix.
     """
     language_model = _load_language_model(path, dtype)
+    critic = _load(AutoModel, critic_path, dtype) if critic_path else None
     if gradient_checkpointing:
-        language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PolicyWithValue(language_model).train()
+        for model in (language_model, critic):
+            if model is not None:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(language_model, with_values, critic).train()
 
 
 def load_reference(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -180,10 +213,12 @@ def require_plain_head(language_model: PreTrainedModel) -> None:
 
 
 def _load_language_model(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    # Said, not left to the default, which asks on the terminal whether the folder's own code may run.
-    config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-    )
+    model = _load(AutoModelForCausalLM, path, dtype)
     require_plain_head(model.eval())
     return model
+
+
+def _load(kind: Any, path: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    # Said, not left to the default, which asks on the terminal whether the folder's own code may run.
+    config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    return kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)

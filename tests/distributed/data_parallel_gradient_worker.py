@@ -1,32 +1,73 @@
-"""The gradient of one PPO update, from this rank's share of 8 rows, made as trainers/ppo.py makes it and saved.
+"""The gradient of one update of each algorithm, from this rank's share of 8 rows, by the trainers' own code, saved.
 
 torchrun --nproc-per-node=2 tests/distributed/data_parallel_gradient_worker.py <folder for the results>
 """
 
-import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rollout import RolloutBatch
-from trainers.across_ranks import count_over_ranks, sum_over_ranks, undo_ddp_mean
-from trainers.advantages import gae, token_rewards, whiten
-from trainers.batching import make_batch, unpack
+import trainers.grpo
+import trainers.ppo
+from rollout import RolloutBatch, SamplingConfig
+from trainers.batching import TrainBatch, make_batch
+from trainers.config import GRPOConfig, OptimizerConfig, PPOConfig
 from trainers.evaluate import evaluate
-from trainers.losses import entropy_bonus, ppo_policy_loss, value_loss
-from trainers.policy import PolicyWithValue
+from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
+from trainers.learner import Learner, update
+from trainers.policy import Policy
 
 # Two ranks take four rows each: the first all short ones (7 response tokens), the second all long ones (32).
 PROMPTS = [2, 1, 3, 2, 4, 5, 3, 6]
 RESPONSES = [1, 2, 1, 3, 9, 7, 11, 5]
 SCORES = [1.0, 0.0, 0.5, -1.0, 2.0, 0.0, 1.0, 3.0]
-TOKEN_BUDGET = 16  # rank 0 needs two micro-batches (5 x 3 and 3 x 1 tokens), rank 1 four of a row each
-TEMPERATURE, KL_COEF, GAMMA, LAM = 0.8, 0.1, 0.98, 0.9
-CLIP_RANGE, VALUE_CLIP_RANGE, VALUE_COEF, ENTROPY_COEF = 0.2, 0.3, 0.5, 0.01
+GROUPS = [0, 0, 1, 1, 2, 2, 2, 2]  # prompts; no group is on two ranks
+TEMPERATURE, MAX_TOKENS = 0.8, 12
+CRITIC_SEED = 5
+
+# 16 tokens a micro-batch: rank 0 needs two (5 x 3 and 3 x 1 tokens), rank 1 four of a row each. Two minibatches are
+# announced, of which one is made here, so that the ratio starts from the old log-probs.
+COMMON: dict[str, Any] = {"micro_batch_tokens": 16, "minibatches": 2, "entropy_coef": 0.01, "kl_coef": 0.1}
+PPO = {"gamma": 0.98, "lam": 0.9, "value_clip_range": 0.3, "value_coef": 0.5, **COMMON}
+HYPERPARAMETERS = {
+    "ppo": PPOHyperparameters(**PPO),
+    "ppo_critic": PPOHyperparameters(**PPO, critic="given", kl_estimator="k2"),
+    "grpo": GRPOHyperparameters(**COMMON, loss_mean="sequence"),
+    "dapo": GRPOHyperparameters(
+        **COMMON, clip_range_high=0.3, dual_clip=1.1, mismatch="truncate", mismatch_bounds=(0.5, 1.2), kl_estimator="k2"
+    ),
+    "dr_grpo": GRPOHyperparameters(
+        **COMMON, advantage="dr_grpo", loss_mean="constant", mismatch="mask", mismatch_bounds=(0.9, 1.1)
+    ),
+    "rloo": GRPOHyperparameters(**COMMON, advantage="rloo", old_logprobs="engine", kl_in="reward"),
+    "reinforce_pp": GRPOHyperparameters(
+        **COMMON,
+        advantage="reinforce_pp",
+        kl_in="reward",
+        kl_estimator="k1",
+        mismatch="mask",
+        mismatch_level="sequence",
+        mismatch_bounds=(0.8, 1.2),
+    ),
+}
+
+
+def experiment(case: str) -> PPOConfig | GRPOConfig:
+    shared: dict[str, Any] = {
+        "sampling": SamplingConfig(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, n=2),
+        "optimizer": OptimizerConfig(max_grad_norm=1e9),
+    }
+    hyper = HYPERPARAMETERS[case]
+    if isinstance(hyper, PPOHyperparameters):
+        return PPOConfig(ppo=hyper, **shared)
+    assert isinstance(hyper, GRPOHyperparameters)
+    return GRPOConfig(grpo=hyper, **shared)
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
@@ -45,13 +86,16 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).double()
 
 
-def old_policy() -> PolicyWithValue:
-    policy = PolicyWithValue(tiny_llama(seed=0))
-    torch.nn.init.normal_(policy.value_head.weight)
+def old_policy(case: str) -> Policy:
+    with_critic = case == "ppo_critic"
+    critic = tiny_llama(CRITIC_SEED).model if with_critic else None
+    policy = Policy(tiny_llama(seed=0), with_values=case.startswith("ppo"), critic=critic)
+    if policy.value_head is not None:
+        torch.nn.init.normal_(policy.value_head.weight)
     return policy
 
 
-def move(policy: PolicyWithValue) -> None:
+def move(policy: Policy) -> None:
     """What earlier updates of the step would have done, so that ratios leave 1 and some are clipped."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -71,57 +115,52 @@ def rollouts(rows: slice) -> RolloutBatch:
         response_lengths=lengths,
         logprobs=np.zeros(lengths.sum(), np.float32),
         finished=np.ones(len(lengths), bool),
-        prompt_index=np.arange(len(lengths), dtype=np.int32),
+        prompt_index=np.array(GROUPS[rows], np.int32),
         version=0,
     )
 
 
-def update(accelerator: Accelerator) -> dict:
-    """This rank's gradients, statistics, advantages and number of micro-batches."""
+def disagreement() -> torch.Tensor:
+    """(8, 12) float64: what the engine's log-probs differ by from the trainer's."""
+    return 0.15 * torch.randn(8, MAX_TOKENS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def evaluated_batch(case: str, policy: Policy, rows: slice, device: torch.device) -> TrainBatch:
+    hyper = HYPERPARAMETERS[case]
+    batch = make_batch(rollouts(rows), SCORES[rows], device)
+    all_of_it = evaluate(batch, policy, tiny_llama(seed=1), TEMPERATURE, hyper.micro_batch_tokens)
+    noise = disagreement()[rows, : batch.response_mask.shape[1]]
+    engine_logprobs = torch.where(batch.response_mask, all_of_it.logprobs + noise, 0.0)
+    wanted = replace(all_of_it, engine_logprobs=engine_logprobs)
+    return wanted if hyper.needs_old_logprobs else replace(wanted, logprobs=None)
+
+
+def one_update(case: str, accelerator: Accelerator) -> dict:
+    """The gradient, which is what plain descent at rate 1 takes off; statistics, advantages, micro-batches."""
     share = len(SCORES) // accelerator.num_processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    policy = old_policy()
-    model = accelerator.prepare(policy)
-
-    batch = make_batch(rollouts(rows), SCORES[rows], accelerator.device)
-    batch = evaluate(batch, policy, tiny_llama(seed=1), TEMPERATURE, TOKEN_BUDGET)
-    rewards = token_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.response_mask, KL_COEF)
-    advantages, returns = gae(rewards, batch.values, batch.response_mask, GAMMA, LAM)
-    batch = batch.with_targets(whiten(advantages, batch.response_mask), returns)
+    config, policy = experiment(case), old_policy(case)
+    batch = evaluated_batch(case, policy, rows, accelerator.device)
+    algorithm = trainers.ppo if case.startswith("ppo") else trainers.grpo
+    batch = algorithm.targets(batch, config)
     move(policy)
-
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    ddp, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
+    learner = Learner(accelerator, policy, ddp, optimizer, reference=None)
     (minibatch,) = batch.minibatches(num_minibatches=1, epochs=1, seed=0)
-    num_tokens = count_over_ranks(minibatch.response_mask)
-    totals: dict[str, torch.Tensor] = {}
-    micro_batches = minibatch.microbatches(TOKEN_BUDGET)
-    for index, micro in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            output = model(micro.input_ids, micro.predicts_response, micro.targets, TEMPERATURE, entropy=True)
-            mask = micro.response_mask
-            logprobs, entropy, values = (unpack(packed, mask) for packed in output)
-            policy_part, policy_stats = ppo_policy_loss(
-                logprobs, micro.logprobs, micro.advantages, mask, CLIP_RANGE, num_tokens
-            )
-            value_part, value_stats = value_loss(
-                values, micro.values, micro.returns, mask, VALUE_CLIP_RANGE, num_tokens
-            )
-            bonus, bonus_stats = entropy_bonus(entropy, mask, num_tokens)
-            accelerator.backward(undo_ddp_mean(policy_part + VALUE_COEF * value_part - ENTROPY_COEF * bonus))
-        for name, part in (policy_stats | value_stats | bonus_stats).items():
-            totals[name] = totals.get(name, 0.0) + part
-
+    stats = update(minibatch, learner, algorithm.loss, config)
     return {
-        "gradients": {name: parameter.grad for name, parameter in policy.named_parameters()},
-        "stats": {name: sum_over_ranks(total) for name, total in totals.items()},
+        "gradients": {name: before[name] - parameter.detach() for name, parameter in policy.named_parameters()},
+        "stats": stats,
         "advantages": batch.advantages[batch.response_mask],
-        "num_micro_batches": len(micro_batches),
+        "num_micro_batches": len(minibatch.microbatches(config.algorithm.micro_batch_tokens)),
     }
 
 
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    torch.save(update(accelerator), folder / f"rank{accelerator.process_index}.pt")
+    updates = {case: one_update(case, accelerator) for case in HYPERPARAMETERS}
+    torch.save(updates, folder / f"rank{accelerator.process_index}.pt")
     # DDP's wrapper has to go before the process group does. If it holds the group's last reference, the group joins its
     # threads with the interpreter's lock held, and a gloo thread that wants that lock to end never gets it.
     accelerator.free_memory()

@@ -14,7 +14,8 @@ import torch
 from tests.launch import Completed, launch
 from tests.smoke.closed_doors import HOST_ADDRESS, Doors, watched_doors
 from trainers.cli import parse
-from trainers.config import ConfigError, PPOConfig
+from trainers.config import PPOConfig
+from trainers.errors import ConfigError
 from trainers.policy import load_policy, load_reference
 
 WORKER = Path(__file__).with_name("closed_doors_worker.py")

@@ -58,6 +58,22 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     assert row["train/logprob_gap_mean"] < 1e-4
 
 
+def test_grpo_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
+    task = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}", "run.name=grpo", "run.progress=false"]
+    size = ["rollout.max_model_len=64", "rollout.max_num_seqs=8", "rollout.kv_cache_gib=0.25", "sampling.max_tokens=8"]
+    kinds = ["grpo.kl_coef=0.01", "grpo.mismatch=truncate", "sampling.n=4", "grpo.prompts_per_step=4", "grpo.steps=2"]
+    words = [*task, *size, *kinds, "rollout.enforce_eager=true", "wandb.mode=disabled"]
+    done = launch(["scripts/grpo.py", *words], nproc=2, timeout_s=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.left_running == []
+    rows = metrics(tmp_path / "grpo")
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row.keys() >= ALWAYS | {"train/kl_ref", "train/mismatch_weight", "train/mismatch_cut"}
+        assert row["train/kl"] == 0.0, "one update a step: the ratio is 1"
+        assert 0.9 < row["train/mismatch_weight"] < 1.1
+
+
 def test_the_default_model_keeps_the_bfloat16_limit(model_path: Path, tmp_path: Path) -> None:
     """The limit that docs/results.md states, on the model that it is stated for."""
     task = ["sampling.max_tokens=16", "data.instruction= Answer with only the number.", "ppo.prompts_per_step=32"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainers.advantages import gae, token_rewards, whiten
+from trainers.advantages import gae, group_advantages, token_rewards, whiten
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
@@ -36,8 +36,31 @@ def test_rewards_without_reference_are_the_scores_alone():
 
 
 def test_a_penalty_without_reference_is_refused():
-    with pytest.raises(ValueError, match="ppo.kl_coef is 0.1 but there are no reference log-probs"):
+    with pytest.raises(ValueError, match="kl_coef is 0.1 but there are no reference log-probs"):
         token_rewards(torch.tensor([3.0]), tensor([-1.0]), None, lengths_to_mask(1), kl_coef=0.1)
+
+
+def test_the_penalty_takes_any_estimator():
+    arguments = (torch.tensor([0.0]), tensor([-1.0]), tensor([-2.0]), lengths_to_mask(1), 1.0)
+    # log p - log q = -1: k1 is 1, k2 a half, k3 exp(-1) - 1 + 1.
+    found = [token_rewards(*arguments, estimator).item() for estimator in ("k1", "k2", "k3")]
+    assert found == pytest.approx([-1.0, -0.5, -math.exp(-1.0)], rel=1e-12)
+
+
+def test_group_advantages_by_hand():
+    scores, groups = tensor([1.0, 4.0, 0.0, 5.0, 2.0])[0], torch.tensor([7, 2, 7, 3, 7])
+    # Group 7: 1, 0, 2, mean 1, deviation 1 (over 2); groups 2 and 3 have one response each.
+    torch.testing.assert_close(group_advantages(scores, groups, "dr_grpo"), tensor([0.0, 0, -1, 0, 1])[0], **EXACT)
+    normed = group_advantages(scores, groups, "grpo", eps=0.25)
+    torch.testing.assert_close(normed, tensor([0.0, 0, -0.8, 0, 0.8])[0], **EXACT)
+    # Less the others' mean: 1 - 1, 0 - 1.5, 2 - 0.5.
+    torch.testing.assert_close(group_advantages(scores, groups, "rloo"), tensor([0.0, 0, -1.5, 0, 1.5])[0], **EXACT)
+
+
+def test_a_group_of_equal_scores_teaches_nothing():
+    scores, groups = torch.full((4,), 0.1), torch.zeros(4, dtype=torch.int64)
+    for how in ("grpo", "dr_grpo", "rloo"):
+        assert group_advantages(scores, groups, how).abs().max() < 1e-6
 
 
 def test_gae_by_hand():

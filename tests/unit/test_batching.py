@@ -90,7 +90,7 @@ def test_the_order_follows_the_seed_alone():
 
 
 def test_more_minibatches_than_responses_are_refused():
-    with pytest.raises(ValueError, match="ppo.minibatches is 4 but this rank has 3 responses"):
+    with pytest.raises(ValueError, match="minibatches is 4 but this rank has 3 responses"):
         list(batch_of([1] * 3, [1] * 3).minibatches(num_minibatches=4, epochs=1, seed=0))
 
 

@@ -16,19 +16,11 @@ from hypothesis import strategies as st
 
 from rollout import RolloutConfig, SamplingConfig
 from tests.tiny_tokenizer import tiny_tokenizer
+from trainers.checks import check_model, check_world
 from trainers.cli import dump, help_text, parse, run_cli
-from trainers.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PPOHyperparameters,
-    RunConfig,
-    WandbConfig,
-    check_model,
-    check_world,
-)
+from trainers.config import DataConfig, GRPOConfig, ModelConfig, OptimizerConfig, PPOConfig, RunConfig, WandbConfig
+from trainers.errors import ConfigError
+from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -399,15 +391,39 @@ def test_help_explains_every_key(capsys):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_each_config_of_the_repository_is_sound_and_says_only_what_differs(path):
     source = path.read_text()
-    config, _ = parse(PPOConfig, [str(path)])
+    experiment = GRPOConfig if "\ngrpo:" in source else PPOConfig
+    config, _ = parse(experiment, [str(path)])
     check_world(config, 1)
     check_world(config, 2)
     for section, keys in yaml.safe_load(source).items():
         for key in keys:
-            default = getattr(getattr(PPOConfig(), section), key)
+            default = getattr(getattr(experiment(), section), key)
             assert getattr(getattr(config, section), key) != default or key == "max_model_len", f"{section}.{key}"
     assert source.startswith("# ") and not source.split("\n")[1].startswith("#")
     assert f"`{path.name}`" in (REPOSITORY / "configs" / "README.md").read_text()
+
+
+def test_the_defaults_of_an_experiment_go_before_those_of_its_sections(capsys):
+    assert parse(GRPOConfig, []) == (GRPOConfig(), False)
+    assert GRPOConfig().sampling.n == 8 and parse(GRPOConfig, ["sampling.max_tokens=5"])[0].sampling.n == 8
+    with pytest.raises(SystemExit):
+        parse(GRPOConfig, ["--help"])
+    text = capsys.readouterr().out
+    assert "  sampling.n=8\n" in text and "  grpo.clip_range_high=null\n" in text and "  grpo.kl_in=loss\n" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"kl_coef": 0.1, "kl_in": "loss", "kl_estimator": "k1"}, "grpo.kl_estimator=k2 or k3"),
+        ({"mismatch": "mask", "old_logprobs": "engine"}, "correct for the same disagreement twice"),
+        ({"mismatch_bounds": (1.5, 2.0)}, r"grpo.mismatch_bounds is \[1.5, 2.0\]"),
+        ({"dual_clip": 1.0}, "grpo.dual_clip is 1.0; it must be above 1"),
+    ],
+)
+def test_hyperparameters_that_contradict_each_other(keys, words):
+    with pytest.raises(ConfigError, match=words):
+        GRPOHyperparameters(**keys)
 
 
 # --- the script

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from trainers import dashboard as module
-from trainers.config import ConfigError, RunConfig, WandbConfig
+from trainers.config import RunConfig, WandbConfig
 from trainers.dashboard import METRICS_FILE, Dashboard, memory_metrics, read_metrics, wandb_mode
+from trainers.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 DISABLED = WandbConfig(mode="disabled")

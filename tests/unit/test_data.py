@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
-from trainers.config import ConfigError, DataConfig
+from trainers.config import DataConfig
 from trainers.data import Example, PromptStream, arithmetic_problems, load_prompts
+from trainers.errors import ConfigError
 
 ROWS = [
     {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4", "level": 1},

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rollout import RolloutBatch
 from trainers.batching import TrainBatch, make_batch, unpack
 from trainers.evaluate import evaluate
-from trainers.policy import PolicyWithValue
+from trainers.policy import Policy
 
 PROMPTS, RESPONSES = [3, 1, 5, 2, 4], [4, 6, 1, 9, 2]
 
@@ -27,8 +27,8 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def policy() -> PolicyWithValue:
-    policy = PolicyWithValue(tiny_llama(0))
+def policy() -> Policy:
+    policy = Policy(tiny_llama(0), with_values=True)
     torch.nn.init.normal_(policy.value_head.weight)
     return policy
 
@@ -50,7 +50,7 @@ def batch() -> TrainBatch:
 
 
 @pytest.mark.parametrize("token_budget", [1, 20, 1000])  # 5, several, and 1 micro-batch
-def test_rows_keep_their_order_in_any_micro_batches(policy: PolicyWithValue, batch: TrainBatch, token_budget: int):
+def test_rows_keep_their_order_in_any_micro_batches(policy: Policy, batch: TrainBatch, token_budget: int):
     reference = tiny_llama(1)
     evaluated = evaluate(batch, policy, reference, temperature=0.7, token_budget=token_budget)
     for row in range(len(batch)):
@@ -60,19 +60,19 @@ def test_rows_keep_their_order_in_any_micro_batches(policy: PolicyWithValue, bat
         for ours, expected in (
             (evaluated.logprobs, output.logprobs),
             (evaluated.values, output.values),
-            (evaluated.ref_logprobs, PolicyWithValue(reference)(*inputs).logprobs),
+            (evaluated.ref_logprobs, Policy(reference)(*inputs).logprobs),
         ):
             torch.testing.assert_close(ours[row, :length], expected, rtol=1e-6, atol=1e-6)
             assert ours.shape == batch.response_mask.shape and not ours[row, length:].any()
     assert (evaluated.logprobs - evaluated.ref_logprobs)[batch.response_mask].abs().min() > 1e-6
 
 
-def test_without_a_reference_there_are_no_reference_log_probs(policy: PolicyWithValue, batch: TrainBatch):
+def test_without_a_reference_there_are_no_reference_log_probs(policy: Policy, batch: TrainBatch):
     evaluated = evaluate(batch, policy, None, temperature=1.0, token_budget=1000)
     assert evaluated.ref_logprobs is None and batch.logprobs is None  # and the batch given stays as it was
 
 
-def test_nothing_requires_grad_and_the_loss_can_still_save_it(policy: PolicyWithValue, batch: TrainBatch):
+def test_nothing_requires_grad_and_the_loss_can_still_save_it(policy: Policy, batch: TrainBatch):
     """Tensors of torch.inference_mode could not be saved for the update's backward pass."""
     evaluated = evaluate(batch, policy, None, temperature=1.0, token_budget=20)
     assert not evaluated.logprobs.requires_grad and not evaluated.values.requires_grad

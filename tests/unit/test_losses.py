@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainers.across_ranks import count_over_ranks, undo_ddp_mean
-from trainers.losses import entropy_bonus, kl_k1, kl_k2, kl_k3, ppo_policy_loss, value_loss
+from trainers.losses import entropy_bonus, kl_k1, kl_k2, kl_k3, kl_loss, loss_weights, policy_loss, value_loss
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 ALL = torch.ones(5, dtype=torch.bool)
@@ -19,7 +19,7 @@ def tensor(*values: float) -> torch.Tensor:
 def test_policy_loss_by_hand():
     ratio, advantages = tensor(1.5, 0.5, 1.5, 0.5, 1.1), tensor(2.0, 2.0, -2.0, -2.0, 1.0)
     logprobs = ratio.log().requires_grad_()
-    loss, stats = ppo_policy_loss(logprobs, torch.zeros(5).double(), advantages, ALL, clip_range=0.2, num_tokens=5)
+    loss, stats = policy_loss(logprobs, torch.zeros(5).double(), advantages, ALL, ALL.double() / 5, 5, clip_range=0.2)
     # min(1.5 * 2, 1.2 * 2) = 2.4;      min(0.5 * 2, 0.8 * 2) = 1;
     # min(1.5 * -2, 1.2 * -2) = -3;     min(0.5 * -2, 0.8 * -2) = -1.6;     min(1.1, 1.1) = 1.1.
     # -(2.4 + 1 - 3 - 1.6 + 1.1) / 5 = 0.02.
@@ -32,6 +32,47 @@ def test_policy_loss_by_hand():
     loss.backward()
     # d(ratio * A) / d log-prob = ratio * A where the minimum is the unclipped side, else 0; times -1/5.
     torch.testing.assert_close(logprobs.grad, tensor(0.0, -0.2, 0.6, 0.0, -0.22), **EXACT)
+
+
+def test_two_clip_ranges_and_the_dual_clip_by_hand():
+    ratio, advantages = tensor(1.5, 1.25, 0.5, 4.0, 2.0), tensor(2.0, 2.0, 2.0, -1.0, -1.0)
+    logprobs = ratio.log().requires_grad_()
+    loss, stats = policy_loss(
+        logprobs, torch.zeros(5).double(), advantages, ALL, ALL.double(), 5, clip_range=0.2, clip_range_high=0.3,
+        dual_clip=3.0,
+    )  # fmt: skip
+    # 1.3 * 2; 1.25 * 2, inside; 0.5 * 2 < 0.8 * 2; max(-4, 3 * -1) = -3; -2.
+    torch.testing.assert_close(loss, -tensor(2.6 + 2.5 + 1.0 - 3.0 - 2.0)[0], **EXACT)
+    assert stats["clip_fraction"].item() == 0.8  # all but 1.25 lie outside 0.8 to 1.3
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, tensor(0.0, -2.5, -1.0, 0.0, 2.0), **EXACT)
+
+
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"),
+    [
+        ("token", [[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]),
+        ("sequence", [[1 / 6, 1 / 6, 1 / 6], [0.5, 0.0, 0.0]]),
+        ("constant", [[0.1, 0.1, 0.1], [0.1, 0.0, 0.0]]),
+    ],
+)
+def test_what_each_token_counts(mean: str, expected: list[list[float]]):
+    weights = loss_weights(MASK, mean, num_tokens=4, num_sequences=2, max_tokens=5, dtype=torch.float64)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_kl_in_the_loss_by_hand():
+    logprobs = tensor(-1.0, -2.0).requires_grad_()
+    loss, stats = kl_loss(logprobs, tensor(-2.0, -2.0), ALL[:2], tensor(0.5, 0.5), 2, "k2")
+    assert (loss.item(), stats["kl_ref"].item()) == (0.25, 0.25)  # (1 / 2 + 0) / 2
+    loss.backward()
+    # d k2 / d log-prob = log-prob - reference's: the expectation of that times the score is the KL's gradient.
+    torch.testing.assert_close(logprobs.grad, tensor(0.5, 0.0), **EXACT)
+    loss, _ = kl_loss(logprobs, tensor(-2.0, -2.0), ALL[:2], tensor(0.5, 0.5), 2, "k3")
+    assert loss.item() == pytest.approx((math.exp(-1.0) - 1 + 1) / 2, rel=1e-12)
 
 
 def test_value_loss_by_hand():
@@ -63,7 +104,8 @@ def parts(rows: slice | list[int], num_tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     logprobs, old, advantages, values, old_values, returns = torch.randn(6, 5, 7, generator=generator).double()
     mask = torch.arange(7) < torch.tensor([7, 2, 5, 1, 4])[:, None]
-    policy, stats = ppo_policy_loss(logprobs[rows], old[rows], advantages[rows], mask[rows], 0.2, num_tokens)
+    weights = loss_weights(mask[rows], "token", num_tokens, num_sequences=5, max_tokens=7, dtype=torch.float64)
+    policy, stats = policy_loss(logprobs[rows], old[rows], advantages[rows], mask[rows], weights, num_tokens, 0.2)
     value, _ = value_loss(values[rows], old_values[rows], returns[rows], mask[rows], 0.2, num_tokens)
     bonus, _ = entropy_bonus(returns[rows], mask[rows], num_tokens)
     return torch.stack([policy, value, bonus, stats["kl"], stats["clip_fraction"]])
@@ -79,7 +121,7 @@ def test_parts_of_micro_batches_add_up_to_the_whole_batch():
 def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient(garbage: float):
     mask = torch.tensor([True, False])
     logprobs, values = tensor(-1.0, garbage).requires_grad_(), tensor(1.0, garbage).requires_grad_()
-    policy, stats = ppo_policy_loss(logprobs, tensor(-1.5, -1.0), tensor(1.0, garbage), mask, 0.2, num_tokens=1)
+    policy, stats = policy_loss(logprobs, tensor(-1.5, -1.0), tensor(1.0, garbage), mask, tensor(1.0, 0.0), 1, 0.2)
     value, _ = value_loss(values, tensor(0.0, 0.0), tensor(3.0, 1.0), mask, None, num_tokens=1)
     # The ratio exp(0.5) = 1.6 is clipped to 1.2; (1 - 3)^2 / 2 = 2.
     assert (policy.item(), value.item()) == pytest.approx((-1.2, 2.0), rel=1e-12)

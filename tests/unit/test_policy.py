@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trainers.policy import PolicyWithValue, load_policy, load_reference, reference_logprobs, require_plain_head
+from trainers.policy import Policy, load_policy, load_reference, reference_logprobs, require_plain_head
 
 SMALL = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 PROMPTS, RESPONSES = [3, 1, 5], [4, 6, 1]  # lengths; the longest row has 7 tokens
@@ -54,7 +54,7 @@ def inputs(pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, predicts, torch.cat(targets)
 
 
-def naive(policy: PolicyWithValue, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def naive(policy: Policy, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, entropies and values of each row alone, unpadded, from the language model's full logits."""
     ids, _, _ = inputs()
     logprobs, entropies, values = [], [], []
@@ -70,8 +70,8 @@ def naive(policy: PolicyWithValue, temperature: float) -> tuple[torch.Tensor, to
     return torch.stack(logprobs), torch.stack(entropies), torch.stack(values)
 
 
-def double_policy(**changed) -> PolicyWithValue:
-    policy = PolicyWithValue(tiny_llama(**changed).double())
+def double_policy(**changed) -> Policy:
+    policy = Policy(tiny_llama(**changed).double(), with_values=True)
     torch.nn.init.normal_(policy.value_head.weight)
     torch.nn.init.normal_(policy.value_head.bias)
     return policy
@@ -83,6 +83,26 @@ def test_a_padded_batch_gives_what_the_rows_give_one_by_one(temperature: float):
     output = policy(*inputs(), temperature=temperature, entropy=True)
     for ours, expected in zip(output, naive(policy, temperature), strict=True):
         torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+def test_a_pass_without_log_probs_gives_the_same_values():
+    policy = double_policy()
+    assert policy(*inputs(), logprobs=False).logprobs is None
+    assert torch.equal(policy(*inputs(), logprobs=False).values, policy(*inputs()).values)
+
+
+def test_a_critic_of_its_own_leaves_the_policy_alone():
+    critic = tiny_llama(hidden_size=24).double()
+    policy = Policy(tiny_llama().double(), with_values=True, critic=critic.model)
+    torch.nn.init.normal_(policy.value_head.weight)
+    output = policy(*inputs())
+    ids, predicts, _ = inputs()
+    expected = policy.value_head(critic(ids, output_hidden_states=True).hidden_states[-1])[..., 0][predicts]
+    torch.testing.assert_close(output.values, expected, **CLOSE)
+    output.values.sum().backward()
+    assert all(parameter.grad is None for parameter in policy.language_model.parameters())
+    assert all(parameter.grad is not None for parameter in policy.critic_parameters() if parameter is not
+               critic.model.embed_tokens.weight)  # fmt: skip
 
 
 def test_no_token_sees_the_padding():
@@ -129,7 +149,7 @@ def test_outputs_that_nobody_asked_for_are_none():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_value_head_starts_at_zero_in_float32(tmp_path: Path, dtype: str):
     tiny_llama().save_pretrained(tmp_path)
-    policy = load_policy(str(tmp_path), dtype)
+    policy = load_policy(str(tmp_path), dtype, with_values=True)
     output = policy(*inputs())
     assert output.values.tolist() == [0.0] * 11 and output.values.dtype == output.logprobs.dtype == torch.float32
     assert policy.language_model.lm_head.weight.dtype == getattr(torch, dtype)
@@ -142,7 +162,7 @@ def test_the_value_head_starts_at_zero_in_float32(tmp_path: Path, dtype: str):
 def test_the_engine_finds_the_language_models_own_names():
     model = tiny_llama()
     names = {name for name, _ in model.named_parameters()}
-    policy = PolicyWithValue(model)
+    policy = Policy(model, with_values=True)
     assert {name for name, _ in policy.language_model.named_parameters()} == names
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names  # tied: sent once
 
@@ -193,7 +213,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_prompt_positions_get_no_logits():
     """4 rows of 200 tokens of which 5 are a response, 5000 words: 20 x 5000 logits, not 800 x 5000."""
-    policy = PolicyWithValue(tiny_llama(vocab_size=5000))
+    policy = Policy(tiny_llama(vocab_size=5000), with_values=True)
     predicts = torch.zeros(4, 200, dtype=torch.bool)
     predicts[:, 194:199] = True
     with LargestTensor() as largest:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from rollout import RolloutBatch
 from tests.tiny_tokenizer import tiny_tokenizer
 from trainers import rewards
-from trainers.config import ConfigError, RewardConfig
+from trainers.config import RewardConfig
+from trainers.errors import ConfigError
 from trainers.rewards import check_answers, exact_number, math_verify, score
 
 REPOSITORY = Path(__file__).parents[2]

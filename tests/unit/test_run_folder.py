@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from trainers import run_folder
-from trainers.config import ConfigError, RunConfig
+from trainers.config import RunConfig
+from trainers.errors import ConfigError
 from trainers.run_folder import create_run_folder, git_state
 
 CONFIG = "ppo:\n  steps: 3\n"

@@ -1,0 +1,168 @@
+"""What is trained, and one step's updates of it: minibatches of all ranks, micro-batches of each."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import PreTrainedModel
+
+from rollout import beat
+from trainers.across_ranks import max_over_ranks, sum_over_ranks, undo_ddp_mean
+from trainers.batching import TrainBatch
+from trainers.config import Experiment
+from trainers.losses import Stats
+from trainers.objective import Minibatch
+from trainers.policy import Policy, PolicyOutput, load_reference
+
+Loss = Callable[[TrainBatch, PolicyOutput, Any, Minibatch], tuple[torch.Tensor, Stats]]
+"""Of a micro-batch, the policy's output for it, the experiment and the minibatch that it is a part of: a scalar with
+gradient, and statistics; both this micro-batch's part of a mean over the minibatch of all ranks."""
+
+
+@dataclass
+class Learner:
+    """What is trained, and what trains it.
+
+    Attributes:
+        policy: without DDP's wrapper: for the weight sync, and for passes without gradient.
+        ddp: the same as the accelerator prepared it: for passes with gradient.
+        reference: the frozen first policy; None without a KL penalty.
+    """
+
+    accelerator: Accelerator
+    policy: Policy
+    ddp: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    reference: PreTrainedModel | None
+
+
+def make_learner(config: Experiment, policy: Policy, device: torch.device) -> Learner:
+    """Policy, reference and optimizer, on this rank's device and under accelerate."""
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=config.model.autocast,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    groups = [{"params": list(policy.language_model.parameters()), "lr": config.optimizer.learning_rate}]
+    if of_critic := policy.critic_parameters():
+        value_learning_rate = config.optimizer.value_learning_rate or config.optimizer.learning_rate
+        groups.append({"params": of_critic, "lr": value_learning_rate})
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,  # one pass over the memory; on the CPU too
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    ddp, optimizer = accelerator.prepare(policy, optimizer)
+    reference = None
+    if config.algorithm.kl_coef:
+        reference = load_reference(config.model.path, config.model.dtype)
+        reference.to(device=device)  # type: ignore[call-arg]
+    return Learner(accelerator, policy, ddp, optimizer, reference)
+
+
+def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed: int) -> dict[str, float]:
+    """All updates of one step; returns the train/* metrics, means over its minibatches, all ranks.
+
+    Args:
+        batch: this rank's, with targets.
+        loss: of a micro-batch; see `Loss`.
+        seed: of the minibatches.
+    """
+    warm_up(learner.optimizer, seed, config.optimizer.warmup_steps)
+    hyper = config.algorithm
+    start = time.perf_counter()
+    num_tokens = int(sum_over_ranks(batch.lengths.sum()).item()) * hyper.epochs
+    updates = [
+        update(minibatch, learner, loss, config)
+        for minibatch in batch.minibatches(hyper.minibatches, hyper.epochs, seed)
+    ]
+    seconds = time.perf_counter() - start
+    means = {f"train/{name}": sum(stats[name] for stats in updates) / len(updates) for name in updates[0]}
+    before_any_update = {f"train/{name}": value for name, value in updates[0].items() if name.startswith("logprob_gap")}
+    return means | before_any_update | {"train/tokens_per_s": num_tokens / seconds}
+
+
+def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> dict[str, float]:
+    """One optimizer update on the minibatch of all ranks, in as many micro-batches as this rank needs.
+
+    Raises:
+        FloatingPointError: if the gradient is not finite: the policy would be lost. (Half precision skips such updates
+            by itself.)
+    """
+    num_tokens, num_sequences = sum_over_ranks(
+        torch.stack([minibatch.response_mask.sum(), minibatch.response_lengths.new_tensor(len(minibatch))])
+    ).tolist()
+    whole = Minibatch(num_tokens, num_sequences, config.sampling.max_tokens)
+    stats: dict[str, torch.Tensor] = {}
+    parts = minibatch.microbatches(config.algorithm.micro_batch_tokens)
+    for part in parts:
+        # Gradients travel between ranks once, with the last part.
+        with nullcontext() if part is parts[-1] else learner.accelerator.no_sync(learner.ddp):
+            output = learner.ddp(
+                part.input_ids, part.predicts_response, part.targets, config.sampling.temperature, entropy=True
+            )
+            part_loss, part_stats = loss(part, output, config, whole)
+            learner.accelerator.backward(undo_ddp_mean(part_loss))
+            beat()
+        add_up(stats, part_stats | {"loss": part_loss.detach()})
+    stats |= clip_gradients(learner, config)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    return over_ranks(stats)
+
+
+def add_up(stats: Stats, part: Stats) -> None:
+    """Take a micro-batch's statistics in: sums, and maxima of those whose name says so."""
+    for name, value in part.items():
+        if name not in stats:
+            stats[name] = value
+        else:
+            stats[name] = torch.maximum(stats[name], value) if name.endswith("_max") else stats[name] + value
+
+
+def over_ranks(stats: Stats) -> dict[str, float]:
+    """The same over all ranks; norms are the same on each and stay."""
+    found = {name: value.item() for name, value in stats.items() if name.endswith("_norm")}
+    for ending, reduce in (("_max", max_over_ranks), ("", sum_over_ranks)):
+        names = [name for name in stats if name not in found and name.endswith(ending)]
+        if names:
+            found |= dict(zip(names, reduce(torch.stack([stats[name] for name in names])).tolist(), strict=True))
+    return found
+
+
+def clip_gradients(learner: Learner, config: Experiment) -> Stats:
+    """Scale the gradient down to optimizer.max_grad_norm, that of a critic with its own trunk by itself.
+
+    Returns:
+        grad_norm, and value_grad_norm of such a critic, before it.
+
+    Raises:
+        FloatingPointError: if the policy's is not finite.
+    """
+    policy, limit = learner.policy, config.optimizer.max_grad_norm
+    parameters = list(policy.parameters() if policy.critic is None else policy.language_model.parameters())
+    norms = {"grad_norm": learner.accelerator.clip_grad_norm_(parameters, limit)}
+    if policy.critic is not None:  # unscaled already, with the policy's: they share an optimizer
+        norms["value_grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.critic_parameters(), limit)
+    if not torch.isfinite(norms["grad_norm"]) and config.model.autocast != "fp16":
+        raise FloatingPointError(
+            f"the gradient's norm is {norms['grad_norm'].item()}; lower optimizer.learning_rate, or look at the last "
+            "samples"
+        )
+    return norms
+
+
+def warm_up(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:
+    """Set each group's learning rate: a linear rise over `warmup_steps` steps, then constant."""
+    share = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
