@@ -18,7 +18,7 @@ class TrainBatch:
     """This rank's sequences for training, prompt then response, right-padded with zeros.
 
     (batch, response) tensors hold the response's tokens in columns 0 to length - 1 and are zero elsewhere. The optional
-    ones are filled in as a step goes on: by `evaluate`, then by `with_targets`.
+    ones are filled in as a step goes on: by `no_grad_pass`, then by `with_targets`.
 
     Attributes:
         input_ids: (batch, sequence) int64.

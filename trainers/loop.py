@@ -1,4 +1,4 @@
-"""The loop that every algorithm shares: sync, generate, score, evaluate, update.
+"""The loop that every algorithm shares: sync, generate, score, look back, update.
 
 Trainer and rollout engine live in the same ranks: `torchrun --nproc_per_node=2 scripts/grpo.py configs/x.yaml`. To the
 trainer the ranks are data-parallel; to the engine they are tensor-parallel.
@@ -26,8 +26,8 @@ from trainers.cli import dump
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream, load_prompts
-from trainers.evaluate import evaluate
 from trainers.learner import Learner, Loss, make_learner, optimize
+from trainers.no_grad_pass import no_grad_pass
 from trainers.plots import plot_run
 from trainers.policy import Policy
 from trainers.rewards import check_answers, score
@@ -43,7 +43,7 @@ class Algorithm:
 
     Attributes:
         load: the policy to train, with or without a critic, on the CPU.
-        targets: the evaluated batch of this rank with its advantages and returns; may be a collective.
+        targets: this rank's batch, after `no_grad_pass`, with its advantages and returns; may be a collective.
         loss: of a micro-batch.
     """
 
@@ -84,7 +84,7 @@ def learn(
     folder: Path,
     watch: Watch,
 ) -> None:
-    """All steps of the run: generate, score, evaluate, update."""
+    """All steps of the run: generate, score, update."""
     if world.is_main and config.run.progress:
         compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
         print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
@@ -111,10 +111,10 @@ def learn(
                         metrics |= rollout_metrics(engine)
                 with phase("reward"):
                     scores = score(rollouts, [example.answer for example in examples], tokenizer, config.reward)
-                with phase("evaluate"):
+                with phase("no_grad"):
                     batch = make_batch(rollouts, scores, world.device)
                     metrics |= reward_metrics(batch)
-                    batch = algorithm.targets(evaluated(batch, learner, config), config)
+                    batch = algorithm.targets(with_old_figures(batch, learner, config), config)
                 with phase("optimize"):
                     metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
@@ -132,12 +132,12 @@ def prompt_stream(config: Experiment, tokenizer: PreTrainedTokenizerBase, world:
     return PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
 
 
-def evaluated(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
+def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
     """The batch with what policy, critic and reference say of it before the first update, as far as it is wanted."""
     hyper = config.algorithm
     budget = 2 * hyper.micro_batch_tokens  # no activations are kept
     with learner.accelerator.autocast():
-        return evaluate(
+        return no_grad_pass(
             batch, learner.policy, learner.reference, config.sampling.temperature, budget, hyper.needs_old_logprobs
         )
 
