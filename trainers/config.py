@@ -107,6 +107,66 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Accuracy on prompts that are not trained on.
+
+    Args:
+        every: steps from one evaluation to the next, the first before the first update and one more after the last;
+            null never evaluates in training.
+        held_out: share of the distinct problems of `data` that is kept out of the training, to evaluate on; drawn by
+            data.seed. Of arithmetic a pair of operands is held out in both orders and with all operators. 0 keeps all.
+        source: a data set of its own to evaluate on, with the columns of `data`; null takes data.source.
+        split: of that data set; null takes data.split.
+        prompts: of one evaluation, all ranks together, the same ones each time; null takes all there are.
+        n: sampled responses a prompt, for avg_at_k and pass_at_k, beside the greedy one for accuracy.
+        temperature: of the sampled ones (the rest as in `sampling`); 0 leaves them out, greedy alone.
+        k: of pass_at_k; null takes n.
+        right_at: the least score of a right response.
+
+    >>> EvaluationConfig(every=5)
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: evaluation.every is 5, but there is nothing to evaluate on that is not trained on; \
+set evaluation.held_out=0.1, say, or evaluation.source or evaluation.split
+    """
+
+    every: int | None = None
+    held_out: float = 0.0
+    source: str | None = None
+    split: str | None = None
+    prompts: int | None = 128
+    n: int = 4
+    temperature: float = 1.0
+    k: int | None = None
+    right_at: float = 1.0
+
+    @property
+    def has_own_data(self) -> bool:
+        """True where other data is named than the training's."""
+        return self.source is not None or self.split is not None
+
+    def __post_init__(self) -> None:
+        check_least("evaluation", self, {"every": 1, "prompts": 1, "n": 1, "temperature": 0, "k": 1})
+        if not 0.0 <= self.held_out < 1.0:
+            raise ConfigError(f"evaluation.held_out is {self.held_out}; it must be at least 0 and below 1")
+        if self.k is not None and self.k > self.n:
+            raise ConfigError(
+                f"evaluation.k is {self.k}, but each prompt gets only {self.n} sampled responses; lower it or raise "
+                "evaluation.n"
+            )
+        if self.held_out and self.has_own_data:
+            raise ConfigError(
+                f"evaluation.held_out is {self.held_out}, but evaluation.source or evaluation.split names other data; "
+                "set one of the two"
+            )
+        if self.every is not None and not self.held_out and not self.has_own_data:
+            raise ConfigError(
+                f"evaluation.every is {self.every}, but there is nothing to evaluate on that is not trained on; set "
+                "evaluation.held_out=0.1, say, or evaluation.source or evaluation.split"
+            )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101).
 
@@ -189,6 +249,7 @@ class Experiment:
         sampling: how responses are drawn
         data: the prompts and their answers
         reward: how a response is scored
+        evaluation: accuracy on prompts that are not trained on
         optimizer: AdamW
         run: where the run is recorded
         wandb: Weights & Biases
@@ -202,6 +263,7 @@ class Experiment:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -285,6 +347,19 @@ prompt; set sampling.n=8, say
                 f"sampling.n is {self.sampling.n}, but grpo.advantage={self.grpo.advantage} compares a response with "
                 "the others to its prompt; set sampling.n=8, say"
             )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Experiment):
+    """The evaluation of one model: `scripts/evaluate.py`. A run's own config.yaml serves as it is.
+
+    Args:
+        ppo: unused here
+        grpo: unused here
+    """
+
+    ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    grpo: GRPOHyperparameters = field(default_factory=GRPOHyperparameters)
 
 
 def _check_finite(config: Any) -> None:

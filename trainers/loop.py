@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
@@ -25,7 +26,9 @@ from trainers.batching import TrainBatch, make_batch
 from trainers.cli import dump
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
-from trainers.data import Example, PromptStream, load_prompts
+from trainers.data import Example, PromptStream
+from trainers.evaluation import Score, evaluate, is_due, write_outcomes
+from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.no_grad_pass import no_grad_pass
 from trainers.plots import plot_run
@@ -35,6 +38,7 @@ from trainers.run_folder import create_run_folder
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
+EVAL_TABLE_ROWS = 64  # of an evaluation, in wandb; the file has all
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,10 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     world = init_world()
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
-    stream = prompt_stream(config, tokenizer, world)
-    folder = agreed_run_folder(config, world)
+    stream, held_out = prompts(config, tokenizer, world)
+    folder = agreed_run_folder(config, world, config.algorithm.section)
     with watched(folder, config.rollout.stall_timeout_s) as watch:
-        learn(config, algorithm, world, stream, tokenizer, folder, watch)
+        learn(config, algorithm, world, stream, held_out, tokenizer, folder, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
@@ -80,11 +84,12 @@ def learn(
     algorithm: Algorithm,
     world: World,
     stream: PromptStream,
+    held_out: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     watch: Watch,
 ) -> None:
-    """All steps of the run: generate, score, update."""
+    """All steps of the run: generate, score, update; and the evaluations between them."""
     if world.is_main and config.run.progress:
         compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
         print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
@@ -98,19 +103,32 @@ def learn(
             with dashboard.phase(name), watch.busy(f"in phase {name}"):
                 yield
 
+        def reward(rollouts: RolloutBatch, examples: Sequence[Example]) -> np.ndarray:
+            return score(rollouts, [example.answer for example in examples], tokenizer, config.reward)
+
+        def evaluation(step: int) -> dict[str, float]:
+            """Of the policy after `step` updates, where one is due."""
+            if not is_due(step, config.evaluation.every, config.algorithm.steps):
+                return {}
+            with watch.busy("evaluating"), engine.awake():
+                engine.sync_weights(learner.policy.language_model, version=step)
+                return evaluate_and_show(engine, held_out, reward, tokenizer, config, step, dashboard)
+
         learner = make_learner(config, algorithm.load(config), world.device)
         for step in range(config.algorithm.steps):
+            evaluated = evaluation(step)
             with timed_step(dashboard, step) as metrics:
+                metrics |= evaluated
                 examples = next(stream)
                 with engine.awake():
                     with phase("sync"):
                         metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
                     with phase("generate"):
-                        prompts = [example.prompt_ids for example in examples]
-                        rollouts = engine.generate(prompts, config.sampling, seed=step)
+                        prompt_ids = [example.prompt_ids for example in examples]
+                        rollouts = engine.generate(prompt_ids, config.sampling, seed=step)
                         metrics |= rollout_metrics(engine)
                 with phase("reward"):
-                    scores = score(rollouts, [example.answer for example in examples], tokenizer, config.reward)
+                    scores = reward(rollouts, examples)
                 with phase("no_grad"):
                     batch = make_batch(rollouts, scores, world.device)
                     metrics |= reward_metrics(batch)
@@ -119,17 +137,39 @@ def learn(
                     metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
                 write_samples(folder, step, examples, rollouts, scores.tolist(), tokenizer)
+        if evaluated := evaluation(config.algorithm.steps):
+            dashboard.log(config.algorithm.steps, evaluated)
         if world.is_main:
             save_policy(folder, learner.policy, tokenizer, config)
             plot_run(folder)
 
 
-def prompt_stream(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World) -> PromptStream:
-    """This rank's share of the prompts, every one of them checked against the engine's limits and the reward's."""
-    examples = load_prompts(config.data, tokenizer, config.max_prompt_tokens)
-    check_answers([example.answer for example in examples], config.reward)
+def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[PromptStream, list[Example]]:
+    """This rank's share of the prompts to train on, and all to evaluate on; each one checked against the engine's
+    limits and the reward's.
+    """
+    examples, held_out = load_data(config, tokenizer)
+    check_answers([example.answer for example in [*examples, *held_out]], config.reward)
     per_rank = config.algorithm.prompts_per_step // world.size
-    return PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
+    stream = PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
+    return stream, held_out
+
+
+def evaluate_and_show(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    reward: Score,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Experiment,
+    step: int,
+    dashboard: Dashboard,
+) -> dict[str, float]:
+    """The eval/* metrics of the engine's weights, all ranks; rank 0 writes down what was said."""
+    metrics, outcomes = evaluate(engine, examples, reward, tokenizer, config.sampling, config.evaluation)
+    if engine.world.is_main:
+        write_outcomes(dashboard.folder, step, outcomes)
+        dashboard.log_table(step, "eval/samples", [asdict(outcome) for outcome in outcomes[:EVAL_TABLE_ROWS]])
+    return metrics
 
 
 def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
@@ -159,9 +199,9 @@ def rollout_metrics(engine: RolloutEngine) -> dict[str, float]:
     return merge_groups(everyones[:: engine.tensor_parallel_size])
 
 
-def agreed_run_folder(config: Experiment, world: World) -> Path:
-    """The run's folder, made by the main rank and known to all."""
-    folder = [create_run_folder(config.run, config.algorithm.section, dump(config)) if world.is_main else None]
+def agreed_run_folder(config: Experiment, world: World, kind: str) -> Path:
+    """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one."""
+    folder = [create_run_folder(config.run, kind, dump(config)) if world.is_main else None]
     dist.broadcast_object_list(folder, src=0)
     assert folder[0] is not None
     return folder[0]
