@@ -317,6 +317,7 @@ def _check_data(config: Experiment) -> str:
     from transformers import AutoTokenizer
 
     from trainers.held_out import load_data, load_evaluation_prompts
+    from trainers.reward_functions import load_functions
     from trainers.rewards import check_answers
 
     try:
@@ -329,6 +330,7 @@ def _check_data(config: Experiment) -> str:
     examples, evaluated = ([], load_evaluation_prompts(config, tokenizer)) if alone else load_data(config, tokenizer)
     everything = [*examples, *evaluated]
     check_answers([example.answer for example in everything], config.reward)
+    load_functions(config.reward.paths)
     longest = max(len(example.prompt_ids) for example in everything)
     return (
         f"The config is sound: {len(examples)} prompts to train on and {len(evaluated)} to evaluate on, of at most "

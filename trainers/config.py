@@ -4,6 +4,7 @@ Imports neither torch, vllm nor transformers, so that a mistake in a config is f
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from trainers.hyperparameters import GRPOHyperparameters, Hyperparameters, PPOHy
 
 ARITHMETIC_OPERATORS = ("+", "-", "*")
 MAX_ARITHMETIC_DIGITS = 6
+BUILT_IN_REWARDS = ("exact_number", "math_verify")
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,67 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How a response is scored: 1 if right, else 0.
+    """How a response is scored.
 
     Args:
-        name: exact_number (the last number of the response equals the answer) or math_verify (the mathematics of both
-            agree: fractions, intervals, expressions).
+        name: exact_number (1 if the last number of the response equals the answer, else 0) or math_verify (1 if the
+            mathematics of both agree: fractions, intervals, expressions).
         require_finish: true gives 0 to a response that sampling.max_tokens or rollout.max_model_len cut.
+        functions: of your own, in place of `name`, as "module:function" or "path/to/file.py:function"; exact_number
+            and math_verify may stand among them. Each is called as function(response, answer, sample) and returns a
+            number (trainers/reward_functions.py).
+        weights: of the functions, in their order; the score is the weighted sum. [] takes 1 for each.
+        workers: processes a rank that score, so that a slow or failing function is bounded; 0 scores in the rank
+            itself, where nothing bounds it (math_verify has a limit of its own).
+        timeout_s: of one response in a worker, all functions together; the worker is then ended and replaced.
+        on_error: what happens where a function raises, gives no finite number or runs out of time - raise ends the
+            run, zero gives the response 0 and counts it in reward/failed.
+
+    >>> RewardConfig(functions=["mine.py:short"], weights=[1.0, 2.0])
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: reward.weights has 2 numbers for 1 of reward.functions; give one each, or []
     """
 
     name: Literal["exact_number", "math_verify"] = "exact_number"
     require_finish: bool = True
+    functions: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    workers: int = 0
+    timeout_s: float = 20.0
+    on_error: Literal["raise", "zero"] = "raise"
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all functions: `functions`, else `name`."""
+        return self.functions or [self.name]
+
+    @property
+    def names(self) -> list[str]:
+        """What each is called in the metrics: the function's own name."""
+        return [path.rpartition(":")[2] for path in self.paths]
+
+    def __post_init__(self) -> None:
+        check_least("reward", self, {"workers": 0})
+        check_above_zero("reward", self, "timeout_s")
+        for path in self.functions:
+            if path not in BUILT_IN_REWARDS and not re.fullmatch(r".+:[A-Za-z_][A-Za-z0-9_]*", path):
+                raise ConfigError(
+                    f"reward.functions has {path!r}; give module:function, path/to/file.py:function, or one of "
+                    f"{', '.join(BUILT_IN_REWARDS)}"
+                )
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(
+                f"reward.functions is {self.functions}, of which two have one name, and so would their metrics; "
+                "rename one"
+            )
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ConfigError(
+                f"reward.weights has {len(self.weights)} numbers for {len(self.functions)} of reward.functions; give "
+                "one each, or []"
+            )
+        if not all(map(math.isfinite, self.weights)):
+            raise ConfigError(f"reward.weights is {self.weights}; each must be a finite number")
 
 
 @dataclass(frozen=True)

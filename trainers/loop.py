@@ -20,21 +20,22 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutBatch, RolloutEngine, Watch, World, init_world, merge_groups, watched
+from rollout import RolloutBatch, RolloutEngine, Watch, World, beat, init_world, merge_groups, watched
 from trainers.across_ranks import sum_over_ranks
 from trainers.batching import TrainBatch, make_batch
 from trainers.cli import dump
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
-from trainers.evaluation import Score, evaluate, is_due, write_outcomes
+from trainers.evaluation import evaluate, is_due, write_outcomes
 from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.no_grad_pass import no_grad_pass
 from trainers.plots import plot_run
 from trainers.policy import Policy
-from trainers.rewards import check_answers, score
+from trainers.rewards import check_answers
 from trainers.run_folder import create_run_folder
+from trainers.scoring import Scorer
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
@@ -70,9 +71,10 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     stream, held_out = prompts(config, tokenizer, world)
-    folder = agreed_run_folder(config, world, config.algorithm.section)
-    with watched(folder, config.rollout.stall_timeout_s) as watch:
-        learn(config, algorithm, world, stream, held_out, tokenizer, folder, watch)
+    with Scorer(config.reward, tokenizer, beat) as scorer:  # its workers start before there are threads and devices
+        folder = agreed_run_folder(config, world, config.algorithm.section)
+        with watched(folder, config.rollout.stall_timeout_s) as watch:
+            learn(config, algorithm, world, stream, held_out, scorer, tokenizer, folder, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
@@ -85,6 +87,7 @@ def learn(
     world: World,
     stream: PromptStream,
     held_out: Sequence[Example],
+    scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     watch: Watch,
@@ -103,16 +106,13 @@ def learn(
             with dashboard.phase(name), watch.busy(f"in phase {name}"):
                 yield
 
-        def reward(rollouts: RolloutBatch, examples: Sequence[Example]) -> np.ndarray:
-            return score(rollouts, [example.answer for example in examples], tokenizer, config.reward)
-
         def evaluation(step: int) -> dict[str, float]:
             """Of the policy after `step` updates, where one is due."""
             if not is_due(step, config.evaluation.every, config.algorithm.steps):
                 return {}
             with watch.busy("evaluating"), engine.awake():
                 engine.sync_weights(learner.policy.language_model, version=step)
-                return evaluate_and_show(engine, held_out, reward, tokenizer, config, step, dashboard)
+                return evaluate_and_show(engine, held_out, scorer, tokenizer, config, step, dashboard)
 
         learner = make_learner(config, algorithm.load(config), world.device)
         for step in range(config.algorithm.steps):
@@ -128,15 +128,16 @@ def learn(
                         rollouts = engine.generate(prompt_ids, config.sampling, seed=step)
                         metrics |= rollout_metrics(engine)
                 with phase("reward"):
-                    scores = reward(rollouts, examples)
+                    scores = scorer.score(rollouts, examples)
+                    metrics |= scores.metrics()
                 with phase("no_grad"):
-                    batch = make_batch(rollouts, scores, world.device)
+                    batch = make_batch(rollouts, scores.total, world.device)
                     metrics |= reward_metrics(batch)
                     batch = algorithm.targets(with_old_figures(batch, learner, config), config)
                 with phase("optimize"):
                     metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
-                write_samples(folder, step, examples, rollouts, scores.tolist(), tokenizer)
+                write_samples(folder, step, examples, rollouts, scores.total.tolist(), tokenizer)
         if evaluated := evaluation(config.algorithm.steps):
             dashboard.log(config.algorithm.steps, evaluated)
         if world.is_main:
@@ -158,14 +159,18 @@ def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World
 def evaluate_and_show(
     engine: RolloutEngine,
     examples: Sequence[Example],
-    reward: Score,
+    scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     config: Experiment,
     step: int,
     dashboard: Dashboard,
 ) -> dict[str, float]:
     """The eval/* metrics of the engine's weights, all ranks; rank 0 writes down what was said."""
-    metrics, outcomes = evaluate(engine, examples, reward, tokenizer, config.sampling, config.evaluation)
+
+    def total(rollouts: RolloutBatch, of: Sequence[Example]) -> np.ndarray:
+        return scorer.score(rollouts, of).total
+
+    metrics, outcomes = evaluate(engine, examples, total, tokenizer, config.sampling, config.evaluation)
     if engine.world.is_main:
         write_outcomes(dashboard.folder, step, outcomes)
         dashboard.log_table(step, "eval/samples", [asdict(outcome) for outcome in outcomes[:EVAL_TABLE_ROWS]])
