@@ -22,11 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from rollout import RolloutBatch, RolloutEngine, Watch, World, beat, init_world, merge_groups, watched
 from trainers.across_ranks import sum_over_ranks
-from trainers.batching import TrainBatch, make_batch
+from trainers.batching import TrainBatch, make_batch, no_rows
 from trainers.cli import dump
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
+from trainers.dynamic_sampling import Round, add_rounds, count_groups, join, round_seed, share_out
 from trainers.evaluation import evaluate, is_due, write_outcomes
 from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
@@ -35,7 +36,7 @@ from trainers.plots import plot_run
 from trainers.policy import Policy
 from trainers.rewards import check_answers
 from trainers.run_folder import create_run_folder
-from trainers.scoring import Scorer
+from trainers.scoring import Scorer, join_scores
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
@@ -119,25 +120,21 @@ def learn(
             evaluated = evaluation(step)
             with timed_step(dashboard, step) as metrics:
                 metrics |= evaluated
-                examples = next(stream)
-                with engine.awake():
-                    with phase("sync"):
-                        metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
-                    with phase("generate"):
-                        prompt_ids = [example.prompt_ids for example in examples]
-                        rollouts = engine.generate(prompt_ids, config.sampling, seed=step)
-                        metrics |= rollout_metrics(engine)
-                with phase("reward"):
-                    scores = scorer.score(rollouts, examples)
-                    metrics |= scores.metrics()
+                with phase("sync"):
+                    metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
+                rounds, found = generate_rounds(engine, stream, scorer, config, step, phase)
+                metrics |= found
                 with phase("no_grad"):
-                    batch = make_batch(rollouts, scores.total, world.device)
-                    metrics |= reward_metrics(batch)
-                    batch = algorithm.targets(with_old_figures(batch, learner, config), config)
-                with phase("optimize"):
-                    metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
+                    batch, found = batch_of(rounds, config, world)
+                    metrics |= found
+                    trained = metrics.get("rollout/trained_groups", 1)  # the same on all ranks
+                    if trained:
+                        batch = algorithm.targets(with_old_figures(batch, learner, config), config)
+                if trained:
+                    with phase("optimize"):
+                        metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
-                write_samples(folder, step, examples, rollouts, scores.total.tolist(), tokenizer)
+                write_samples(folder, step, rounds[0], tokenizer)
         if evaluated := evaluation(config.algorithm.steps):
             dashboard.log(config.algorithm.steps, evaluated)
         if world.is_main:
@@ -187,9 +184,43 @@ def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) ->
         )
 
 
-def reward_metrics(batch: TrainBatch) -> dict[str, float]:
+def generate_rounds(
+    engine: RolloutEngine, stream: PromptStream, scorer: Scorer, config: Experiment, step: int, phase: Callable
+) -> tuple[list[Round], dict[str, float]]:
+    """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
+
+    Every rank makes as many rounds: how many groups were found is counted over all of them.
+
+    Returns:
+        This rank's rounds; and the rollout/* and reward/* metrics of all of them, all ranks.
+    """
+    hyper, n = config.algorithm, config.sampling.n
+    rounds: list[Round] = []
+    of_rounds: list[dict[str, float]] = []
+    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds, n) < hyper.prompts_per_step):
+        examples = next(stream)
+        with engine.awake(), phase("generate"):
+            prompt_ids = [example.prompt_ids for example in examples]
+            rollouts = engine.generate(prompt_ids, config.sampling, seed=round_seed(step, len(rounds)))
+            of_rounds.append(rollout_metrics(engine))
+        with phase("reward"):
+            rounds.append(Round(examples, rollouts, scorer.score(rollouts, examples)))
+    scores = join_scores([each.scores for each in rounds])
+    return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
+
+
+def batch_of(rounds: Sequence[Round], config: Experiment, world: World) -> tuple[TrainBatch, dict[str, float]]:
+    """What this rank trains on, and how much was found where groups are dropped: then a collective."""
+    if not config.algorithm.drops_equal_groups:
+        (only,) = rounds
+        return make_batch(only.rollouts, only.scores.total, world.device), {}
+    groups, metrics = share_out(rounds, config.sampling.n, config.algorithm.prompts_per_step)
+    return make_batch(*join(groups), world.device) if groups else no_rows(world.device), metrics
+
+
+def reward_metrics(totals: np.ndarray) -> dict[str, float]:
     """Mean and standard deviation of the responses' scores, all ranks."""
-    scores = batch.scores.double()
+    scores = torch.from_numpy(totals).double()
     count, total, squares = sum_over_ranks(
         torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
     ).tolist()
@@ -224,18 +255,11 @@ def timed_step(dashboard: Dashboard, step: int) -> Iterator[dict[str, float]]:
     dashboard.log(step, metrics | memory_metrics())
 
 
-def write_samples(
-    folder: Path,
-    step: int,
-    examples: Sequence[Example],
-    rollouts: RolloutBatch,
-    scores: Sequence[float],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> None:
     """Append a few of this rank's responses, one JSON object a line, special tokens shown."""
     with (folder / SAMPLES_FILE).open("a") as file:
-        for rollout, reward in list(zip(rollouts, scores, strict=True))[:SAMPLES_A_STEP]:
-            example = examples[rollout.prompt_index]
+        for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
+            example = first.examples[rollout.prompt_index]
             sample = {
                 "step": step,
                 "prompt": example.text,

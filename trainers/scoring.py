@@ -44,6 +44,14 @@ class Scores:
         return {"reward/failed": failed} | means
 
 
+def join_scores(scores: Sequence[Scores]) -> Scores:
+    """Those of several batches as one; at least one, all by one Scorer."""
+    parts = {name: np.concatenate([each.parts[name] for each in scores]) for name in scores[0].parts}
+    return Scores(
+        np.concatenate([each.total for each in scores]), parts, np.concatenate([each.failed for each in scores])
+    )
+
+
 class Scorer:
     """The configured rewards, ready to score. Make it before the engine, and close it.
 
