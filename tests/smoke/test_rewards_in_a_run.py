@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.launch import launch
 
-# Even first operands have signal, odd ones none; of responses with a "z" the reward never comes.
+# Even first operands have signal, odd ones none; of every fifth length the reward never comes.
 FUNCTIONS = """
 import time
 
@@ -14,7 +14,7 @@ def signal(response, answer, sample):
     return float(sample.tokens + len(response)) if even else 0.0
 
 def hangs(response, answer, sample):
-    if "z" in response:
+    if len(response) % 5 == 0:
         time.sleep(1000)
     return 1.0
 """
