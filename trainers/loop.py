@@ -4,6 +4,7 @@ Trainer and rollout engine live in the same ranks: `torchrun --nproc_per_node=2 
 trainer the ranks are data-parallel; to the engine they are tensor-parallel.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -22,16 +23,17 @@ from transformers.utils.logging import disable_progress_bar
 from rollout import RolloutBatch, RolloutEngine, Watch, World, init_world, merge_groups, watched
 from trainers.across_ranks import sum_over_ranks
 from trainers.batching import TrainBatch, make_batch
-from trainers.cli import dump
+from trainers.checkpoint import About, save
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream, load_prompts
 from trainers.evaluate import evaluate
+from trainers.export import export_policy
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.plots import plot_run
 from trainers.policy import Policy
+from trainers.resume import Start, agreed_start, restore, taken
 from trainers.rewards import check_answers, score
-from trainers.run_folder import create_run_folder
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
@@ -56,23 +58,24 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     """Run the experiment; called by every rank.
 
     Returns:
-        The run's folder: config, environment, metrics, samples, plots and the trained policy.
+        The run's folder: config, environment, metrics, samples, plots, checkpoints and the trained policy.
 
     Raises:
-        ConfigError: if the data or a setting is at fault; found before the model is loaded.
+        ConfigError: if the data or a setting is at fault, or the checkpoint is of another run; found before the model
+            is loaded. (Only a damaged checkpoint is found out later.)
     """
     disable_progress_bar()
     world = init_world()
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     stream = prompt_stream(config, tokenizer, world)
-    folder = agreed_run_folder(config, world)
-    with watched(folder, config.rollout.stall_timeout_s) as watch:
-        learn(config, algorithm, world, stream, tokenizer, folder, watch)
+    start = agreed_start(config, stream.examples, world)
+    with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
+        learn(config, algorithm, world, stream, tokenizer, start, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
-    return folder
+    return start.folder
 
 
 def learn(
@@ -81,16 +84,17 @@ def learn(
     world: World,
     stream: PromptStream,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    start: Start,
     watch: Watch,
 ) -> None:
-    """All steps of the run: generate, score, evaluate, update."""
+    """All steps of the run that are left: generate, score, evaluate, update."""
+    folder, steps = start.folder, config.algorithm.steps
     if world.is_main and config.run.progress:
         compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
         print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
-        Dashboard(folder, config.wandb, config.run, config.algorithm.steps, world.is_main) as dashboard,
+        Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id) as dashboard,
     ):
 
         @contextmanager
@@ -99,7 +103,8 @@ def learn(
                 yield
 
         learner = make_learner(config, algorithm.load(config), world.device)
-        for step in range(config.algorithm.steps):
+        restore(start, learner, stream, config.run.seed)
+        for step in range(start.step, steps):
             with timed_step(dashboard, step) as metrics:
                 examples = next(stream)
                 with engine.awake():
@@ -119,6 +124,10 @@ def learn(
                     metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
                 write_samples(folder, step, examples, rollouts, scores.tolist(), tokenizer)
+            if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step
+                with phase("checkpoint"):
+                    about = about_now(config, start, step + 1, stream, world, dashboard)
+                    save(folder, about, learner, config.checkpoint.keep, config.run.private)
         if world.is_main:
             save_policy(folder, learner.policy, tokenizer, config)
             plot_run(folder)
@@ -159,12 +168,12 @@ def rollout_metrics(engine: RolloutEngine) -> dict[str, float]:
     return merge_groups(everyones[:: engine.tensor_parallel_size])
 
 
-def agreed_run_folder(config: Experiment, world: World) -> Path:
-    """The run's folder, made by the main rank and known to all."""
-    folder = [create_run_folder(config.run, config.algorithm.section, dump(config)) if world.is_main else None]
-    dist.broadcast_object_list(folder, src=0)
-    assert folder[0] is not None
-    return folder[0]
+def about_now(
+    config: Experiment, start: Start, step: int, stream: PromptStream, world: World, dashboard: Dashboard
+) -> About:
+    """What a checkpoint after `step` steps says of itself."""
+    settings, name = dataclasses.asdict(config), config.algorithm.section
+    return About(step, stream.position, world.size, name, settings, start.origin, dashboard.wandb_id)
 
 
 @contextmanager
@@ -205,7 +214,4 @@ def write_samples(
 
 def save_policy(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Experiment) -> None:
     """Write the trained language model, in the engine's dtype, as a folder that transformers and vLLM load."""
-    dtype = getattr(torch, config.rollout.dtype)
-    state = {name: tensor.to(dtype) for name, tensor in policy.language_model.state_dict().items()}
-    policy.language_model.save_pretrained(folder / "policy", state_dict=state)
-    tokenizer.save_pretrained(folder / "policy")
+    export_policy(folder / "policy", policy.language_model, tokenizer, config.rollout.dtype)
