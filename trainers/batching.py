@@ -81,6 +81,11 @@ class TrainBatch:
         """The batch with its advantages and, for a critic, its returns, both (batch, response)."""
         return replace(self, advantages=advantages, returns=returns)
 
+    def to(self, device: torch.device | str) -> "TrainBatch":
+        """The batch on another device."""
+        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
+
     def select(self, rows: torch.Tensor) -> "TrainBatch":
         """The rows given, in that order, their padding trimmed to the longest of them.
 
@@ -119,10 +124,6 @@ class TrainBatch:
             order = torch.randperm(len(self), generator=generator)
             for rows in order.tensor_split(num_minibatches):
                 yield self.select(rows)
-
-    def microbatches(self, token_budget: int) -> list["TrainBatch"]:
-        """The batch in parts of at most `token_budget` tokens, padding counted; see `microbatch_rows`."""
-        return [self.select(rows) for rows in microbatch_rows(self.lengths, token_budget)]
 
 
 def make_batch(rollouts: RolloutBatch, scores: Sequence[float] | np.ndarray, device: torch.device | str) -> TrainBatch:

@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import beat
-from trainers.batching import TrainBatch, microbatch_rows, unpack
+from trainers.batching import TrainBatch, unpack
+from trainers.packing import microbatches
 from trainers.policy import Policy, reference_logprobs
 
 
@@ -29,7 +30,7 @@ def evaluate(
             numbers of micro-batches, and DDP's forward may synchronise.
         reference: frozen, on the same device; None without a KL penalty.
         temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
-        token_budget: tokens of one pass, padding counted; more than in training fits, since nothing is kept.
+        token_budget: tokens of one pass; more than in training fits, since nothing is kept.
         logprobs: False leaves out the policy's log-probs.
 
     Returns:
@@ -40,17 +41,16 @@ def evaluate(
     values = policy.value_head is not None
     if not (logprobs or values or reference is not None):
         return batch
-    for rows in microbatch_rows(batch.lengths, token_budget):
+    for rows in microbatches(batch, token_budget, policy.packs):
         part = batch.select(rows)
-        inputs = (part.input_ids, part.predicts_response, part.targets, temperature)
         if logprobs or values:
-            output = policy(*inputs, logprobs=logprobs)
+            output = policy(part, temperature, logprobs=logprobs)
             if logprobs:
                 _store(found, "logprobs", rows, output.logprobs, part.response_mask, batch)
             if values:
                 _store(found, "values", rows, output.values, part.response_mask, batch)
         if reference is not None:
-            packed = reference_logprobs(reference, *inputs)
+            packed = reference_logprobs(reference, part, temperature)
             _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
         beat()
     return replace(batch, **found)

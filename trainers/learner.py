@@ -17,6 +17,7 @@ from trainers.batching import TrainBatch
 from trainers.config import Experiment
 from trainers.losses import Stats
 from trainers.objective import Minibatch
+from trainers.packing import microbatches
 from trainers.policy import Policy, PolicyOutput, load_reference
 
 Loss = Callable[[TrainBatch, PolicyOutput, Any, Minibatch], tuple[torch.Tensor, Stats]]
@@ -103,13 +104,12 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
     ).tolist()
     whole = Minibatch(num_tokens, num_sequences, config.sampling.max_tokens)
     stats: dict[str, torch.Tensor] = {}
-    parts = minibatch.microbatches(config.algorithm.micro_batch_tokens)
-    for part in parts:
+    parts = microbatches(minibatch, config.algorithm.micro_batch_tokens, learner.policy.packs)
+    for rows in parts:
+        part = minibatch.select(rows)
         # Gradients travel between ranks once, with the last part.
-        with nullcontext() if part is parts[-1] else learner.accelerator.no_sync(learner.ddp):
-            output = learner.ddp(
-                part.input_ids, part.predicts_response, part.targets, config.sampling.temperature, entropy=True
-            )
+        with nullcontext() if rows is parts[-1] else learner.accelerator.no_sync(learner.ddp):
+            output = learner.ddp(part, config.sampling.temperature, entropy=True)
             part_loss, part_stats = loss(part, output, config, whole)
             learner.accelerator.backward(undo_ddp_mean(part_loss))
             beat()

@@ -2,12 +2,8 @@
 
 Layout of a batch, everywhere in this folder: rows are right-padded, prompt then response. The hidden state at a
 position predicts the next token, so the first response token is predicted at the prompt's last position and the last
-response token's own position predicts nothing that counts. `predicts_response` (batch, sequence) is True at the
-positions that do, and "(tokens,)" counts these, row after row: the order of `response_ids[response_mask]`.
-
-No attention mask is passed, and no position ids. Padding stands to the right and attention looks to the left, so no
-token that counts ever sees a pad (a test compares with rows run one by one); without a mask the attention kernels may
-take their causal fast path.
+response token's own position predicts nothing that counts. "(tokens,)" counts the response tokens, row after row: the
+order of `response_ids[response_mask]`.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from trainers.batching import TrainBatch
 from trainers.logprobs import token_logprobs
+from trainers.packing import pack_if_possible, packs, response_hidden_states
 
 
 class PolicyOutput(NamedTuple):
@@ -60,6 +58,9 @@ class Policy(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.critic = critic
+        pack_if_possible(language_model)
+        if critic is not None:
+            pack_if_possible(critic)
         self.value_head: nn.Linear | None = None
         if with_values:
             trunk = critic or language_model
@@ -69,6 +70,11 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    @property
+    def packs(self) -> bool:
+        """True if every pass goes without padding, and each prompt once; see `trainers.packing`."""
+        return packs(self.language_model) and (self.critic is None or packs(self.critic))
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """Of the value head and of its own trunk, if it has one; none without values."""
         modules = [module for module in (self.value_head, self.critic) if module is not None]
@@ -76,9 +82,7 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        predicts_response: torch.Tensor,
-        targets: torch.Tensor,
+        rows: TrainBatch,
         temperature: float = 1.0,
         entropy: bool = False,
         logprobs: bool = True,
@@ -87,9 +91,7 @@ class Policy(nn.Module):
         """Log-probs, entropies and values of the response tokens.
 
         Args:
-            input_ids: (batch, sequence) int64, right-padded with any valid id.
-            predicts_response: (batch, sequence) bool; True where the hidden state predicts a response token.
-            targets: (tokens,) int64, the response tokens, row after row.
+            rows: of a micro-batch.
             temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
             entropy: True gives entropies; their gradient is exact.
             logprobs: False skips the head, the larger part of a small model; for passes without gradient.
@@ -98,13 +100,13 @@ class Policy(nn.Module):
         wants_values = values and self.value_head is not None
         token_logprob = entropies = state_values = None
         if logprobs or (wants_values and self.critic is None):
-            hidden = response_hidden_states(self.language_model.base_model, input_ids, predicts_response)
+            hidden = response_hidden_states(self.language_model, rows)
         if logprobs:
             head = self.language_model.get_output_embeddings().weight
-            token_logprob, entropies = token_logprobs(hidden, head, targets, temperature, entropy)
+            token_logprob, entropies = token_logprobs(hidden, head, rows.targets, temperature, entropy)
         if wants_values:
             if self.critic is not None:
-                hidden = response_hidden_states(self.critic, input_ids, predicts_response)
+                hidden = response_hidden_states(self.critic, rows)
             state_values = self._values(hidden)
         return PolicyOutput(token_logprob, entropies, state_values)
 
@@ -114,25 +116,10 @@ class Policy(nn.Module):
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
 
-def response_hidden_states(trunk: nn.Module, input_ids: torch.Tensor, predicts_response: torch.Tensor) -> torch.Tensor:
-    """The last hidden states at the positions that predict response tokens: (tokens, hidden).
-
-    The trunk alone is called: the language model's own forward would make logits for every position.
-    """
-    hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, predicts_response.flatten().nonzero().squeeze(1))
-
-
-def reference_logprobs(
-    reference: PreTrainedModel,
-    input_ids: torch.Tensor,
-    predicts_response: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """The frozen reference's log-probs of the response tokens; arguments and result as of `PolicyWithValue.forward`."""
-    hidden = response_hidden_states(reference.base_model, input_ids, predicts_response)
-    return token_logprobs(hidden, reference.get_output_embeddings().weight, targets, temperature)[0]
+def reference_logprobs(reference: PreTrainedModel, rows: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
+    """The frozen reference's log-probs of the response tokens; arguments and result as of `Policy.forward`."""
+    hidden = response_hidden_states(reference, rows)
+    return token_logprobs(hidden, reference.get_output_embeddings().weight, rows.targets, temperature)[0]
 
 
 def load_policy(
@@ -169,7 +156,9 @@ def load_reference(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: if the model's logits are more than hidden states times one matrix.
     """
-    return _load_language_model(path, dtype).eval().requires_grad_(False)
+    reference = _load_language_model(path, dtype).eval().requires_grad_(False)
+    pack_if_possible(reference)
+    return reference
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -21,19 +21,20 @@ from trainers.config import GRPOConfig, OptimizerConfig, PPOConfig
 from trainers.evaluate import evaluate
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 from trainers.learner import Learner, update
+from trainers.packing import microbatches
 from trainers.policy import Policy
 
 # Two ranks take four rows each: the first all short ones (7 response tokens), the second all long ones (32).
-PROMPTS = [2, 1, 3, 2, 4, 5, 3, 6]
+PROMPTS = [2, 2, 3, 3, 5, 5, 5, 5]
 RESPONSES = [1, 2, 1, 3, 9, 7, 11, 5]
 SCORES = [1.0, 0.0, 0.5, -1.0, 2.0, 0.0, 1.0, 3.0]
-GROUPS = [0, 0, 1, 1, 2, 2, 2, 2]  # prompts; no group is on two ranks
+GROUPS = [0, 0, 1, 1, 2, 2, 2, 2]  # responses to one prompt; no group is on two ranks
 TEMPERATURE, MAX_TOKENS = 0.8, 12
 CRITIC_SEED = 5
 
-# 16 tokens a micro-batch: rank 0 needs two (5 x 3 and 3 x 1 tokens), rank 1 four of a row each. Two minibatches are
+# 6 tokens a micro-batch: rank 0 needs two (5 and 3 tokens), rank 1 four of a row each. Two minibatches are
 # announced, of which one is made here, so that the ratio starts from the old log-probs.
-COMMON: dict[str, Any] = {"micro_batch_tokens": 16, "minibatches": 2, "entropy_coef": 0.01, "kl_coef": 0.1}
+COMMON: dict[str, Any] = {"micro_batch_tokens": 6, "minibatches": 2, "entropy_coef": 0.01, "kl_coef": 0.1}
 PPO = {"gamma": 0.98, "lam": 0.9, "value_clip_range": 0.3, "value_coef": 0.5, **COMMON}
 HYPERPARAMETERS = {
     "ppo": PPOHyperparameters(**PPO),
@@ -105,7 +106,8 @@ def move(policy: Policy) -> None:
 
 def rollouts(rows: slice) -> RolloutBatch:
     random = np.random.default_rng(0)
-    prompts = [random.integers(1, 37, length, np.int32) for length in PROMPTS][rows]
+    distinct = {group: random.integers(1, 37, length, np.int32) for group, length in zip(GROUPS, PROMPTS, strict=True)}
+    prompts = [distinct[group] for group in GROUPS][rows]
     responses = [random.integers(1, 37, length, np.int32) for length in RESPONSES][rows]
     lengths = np.array([len(ids) for ids in responses], np.int32)
     return RolloutBatch(
@@ -153,7 +155,7 @@ def one_update(case: str, accelerator: Accelerator) -> dict:
         "gradients": {name: before[name] - parameter.detach() for name, parameter in policy.named_parameters()},
         "stats": stats,
         "advantages": batch.advantages[batch.response_mask],
-        "num_micro_batches": len(minibatch.microbatches(config.algorithm.micro_batch_tokens)),
+        "num_micro_batches": len(microbatches(minibatch, config.algorithm.micro_batch_tokens, policy.packs)),
     }
 
 

@@ -55,12 +55,11 @@ def test_rows_keep_their_order_in_any_micro_batches(policy: Policy, batch: Train
     evaluated = evaluate(batch, policy, reference, temperature=0.7, token_budget=token_budget)
     for row in range(len(batch)):
         alone = batch.select(torch.tensor([row]))
-        inputs = (alone.input_ids, alone.predicts_response, alone.targets, 0.7)
-        output, length = policy(*inputs), RESPONSES[row]
+        output, length = policy(alone, 0.7), RESPONSES[row]
         for ours, expected in (
             (evaluated.logprobs, output.logprobs),
             (evaluated.values, output.values),
-            (evaluated.ref_logprobs, Policy(reference)(*inputs).logprobs),
+            (evaluated.ref_logprobs, Policy(reference)(alone, 0.7).logprobs),
         ):
             torch.testing.assert_close(ours[row, :length], expected, rtol=1e-6, atol=1e-6)
             assert ours.shape == batch.response_mask.shape and not ours[row, length:].any()
@@ -76,6 +75,6 @@ def test_nothing_requires_grad_and_the_loss_can_still_save_it(policy: Policy, ba
     """Tensors of torch.inference_mode could not be saved for the update's backward pass."""
     evaluated = evaluate(batch, policy, None, temperature=1.0, token_budget=20)
     assert not evaluated.logprobs.requires_grad and not evaluated.values.requires_grad
-    output = policy(batch.input_ids, batch.predicts_response, batch.targets)
+    output = policy(batch)
     (unpack(output.logprobs, batch.response_mask) * evaluated.logprobs).sum().backward()
     assert policy.language_model.lm_head.weight.grad.any()

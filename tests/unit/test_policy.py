@@ -22,11 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from trainers.batching import TrainBatch
 from trainers.policy import Policy, load_policy, load_reference, reference_logprobs, require_plain_head
 
 SMALL = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
-PROMPTS, RESPONSES = [3, 1, 5], [4, 6, 1]  # lengths; the longest row has 7 tokens
-CLOSE = dict(rtol=1e-6, atol=1e-6)  # Llama's norm and rotary embedding compute in float32, whatever the weights are
+PROMPTS, RESPONSES = [3, 1, 3], [4, 5, 2]  # lengths; the longest row has 7 tokens
+CLOSE = dict(rtol=5e-6, atol=1e-6)  # Llama's norm and rotary embedding compute in float32, whatever the weights are
 
 
 def tiny_llama(**changed) -> LlamaForCausalLM:
@@ -40,23 +41,44 @@ def tiny_llama(**changed) -> LlamaForCausalLM:
     return model
 
 
-def inputs(pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids (3, 7), the positions that predict (3, 7), and the targets (11,)."""
+def inputs(pad: int = 0) -> TrainBatch:
+    """Three rows of up to 7 tokens with 11 response tokens; the first and the last have the same prompt."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.full((3, 7), pad)
-    predicts = torch.zeros(3, 7, dtype=torch.bool)
-    targets = []
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        tokens = torch.randint(1, 37, (prompt + response,), generator=generator)
-        ids[row, : prompt + response] = tokens
-        predicts[row, prompt - 1 : prompt + response - 1] = True
-        targets.append(tokens[prompt:])
-    return ids, predicts, torch.cat(targets)
+        ids[row, : prompt + response] = torch.randint(1, 37, (prompt + response,), generator=generator)
+    ids[2, :3] = ids[0, :3]
+    return batch_of(ids, PROMPTS, RESPONSES, groups=[0, 1, 0])
+
+
+def batch_of(ids: torch.Tensor, prompts: list[int], responses: list[int], groups: list[int]) -> TrainBatch:
+    lengths = torch.tensor(responses)
+    mask = torch.arange(max(responses)) < lengths[:, None]
+    response_ids = torch.zeros(mask.shape, dtype=torch.int64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        response_ids[row, :response] = ids[row, prompt : prompt + response]
+    return TrainBatch(
+        input_ids=ids,
+        prompt_lengths=torch.tensor(prompts),
+        response_lengths=lengths,
+        response_ids=response_ids,
+        response_mask=mask,
+        engine_logprobs=torch.zeros(mask.shape),
+        scores=torch.zeros(len(ids)),
+        groups=torch.tensor(groups),
+    )
+
+
+def padded(policy: Policy) -> Policy:
+    """The same, its passes over padded rows."""
+    policy.language_model.set_attn_implementation("sdpa")
+    assert not policy.packs
+    return policy
 
 
 def naive(policy: Policy, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, entropies and values of each row alone, unpadded, from the language model's full logits."""
-    ids, _, _ = inputs()
+    ids = inputs().input_ids
     logprobs, entropies, values = [], [], []
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         tokens = ids[row : row + 1, : prompt + response]
@@ -77,27 +99,29 @@ def double_policy(**changed) -> Policy:
     return policy
 
 
+@pytest.mark.parametrize("as_they_come", [lambda policy: policy, padded], ids=["packed", "padded"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_padded_batch_gives_what_the_rows_give_one_by_one(temperature: float):
-    policy = double_policy()
-    output = policy(*inputs(), temperature=temperature, entropy=True)
+def test_a_batch_gives_what_the_rows_give_one_by_one(temperature: float, as_they_come):
+    policy = as_they_come(double_policy())
+    output = policy(inputs(), temperature=temperature, entropy=True)
     for ours, expected in zip(output, naive(policy, temperature), strict=True):
         torch.testing.assert_close(ours, expected, **CLOSE)
 
 
 def test_a_pass_without_log_probs_gives_the_same_values():
     policy = double_policy()
-    assert policy(*inputs(), logprobs=False).logprobs is None
-    assert torch.equal(policy(*inputs(), logprobs=False).values, policy(*inputs()).values)
+    assert policy(inputs(), logprobs=False).logprobs is None
+    assert torch.equal(policy(inputs(), logprobs=False).values, policy(inputs()).values)
 
 
 def test_a_critic_of_its_own_leaves_the_policy_alone():
     critic = tiny_llama(hidden_size=24).double()
     policy = Policy(tiny_llama().double(), with_values=True, critic=critic.model)
     torch.nn.init.normal_(policy.value_head.weight)
-    output = policy(*inputs())
-    ids, predicts, _ = inputs()
-    expected = policy.value_head(critic(ids, output_hidden_states=True).hidden_states[-1])[..., 0][predicts]
+    output = policy(inputs())
+    batch = inputs()
+    hidden = critic(batch.input_ids, output_hidden_states=True).hidden_states[-1]
+    expected = policy.value_head(hidden)[..., 0][batch.predicts_response]
     torch.testing.assert_close(output.values, expected, **CLOSE)
     output.values.sum().backward()
     assert all(parameter.grad is None for parameter in policy.language_model.parameters())
@@ -106,15 +130,16 @@ def test_a_critic_of_its_own_leaves_the_policy_alone():
 
 
 def test_no_token_sees_the_padding():
-    policy = double_policy()
-    for clean, other in zip(policy(*inputs(pad=0)), policy(*inputs(pad=36)), strict=True):
+    policy = padded(double_policy())
+    for clean, other in zip(policy(inputs(pad=0)), policy(inputs(pad=36)), strict=True):
         assert (clean is None and other is None) or torch.equal(clean, other)
 
 
+@pytest.mark.parametrize("as_they_come", [lambda policy: policy, padded], ids=["packed", "padded"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradients_of_all_parameters_are_those_through_the_full_logits(tied: bool):
+def test_gradients_of_all_parameters_are_those_through_the_full_logits(tied: bool, as_they_come):
     """A tied embedding collects its gradient as an embedding and as a head; and DDP needs every parameter used."""
-    policy = double_policy(tie_word_embeddings=tied)
+    policy = as_they_come(double_policy(tie_word_embeddings=tied))
     parameters = dict(policy.named_parameters())
     assert ("language_model.lm_head.weight" in parameters) != tied
 
@@ -123,7 +148,7 @@ def test_gradients_of_all_parameters_are_those_through_the_full_logits(tied: boo
         loss = sum((weights * output).sum() * factor for output, factor in zip(outputs, (1.0, 0.5, 2.0), strict=True))
         return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
-    ours, expected = gradients(policy(*inputs(), entropy=True)), gradients(naive(policy, 1.0))
+    ours, expected = gradients(policy(inputs(), entropy=True)), gradients(naive(policy, 1.0))
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
         assert gradient.any(), name
@@ -135,14 +160,14 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path):
     for gradient_checkpointing in (False, True):
         policy = load_policy(str(tmp_path), "float32", gradient_checkpointing)
         assert policy.language_model.is_gradient_checkpointing == gradient_checkpointing
-        policy(*inputs()).logprobs.sum().backward()
+        policy(inputs()).logprobs.sum().backward()
         gradients.append({name: p.grad for name, p in policy.language_model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_outputs_that_nobody_asked_for_are_none():
-    output = double_policy()(*inputs(), values=False)
+    output = double_policy()(inputs(), values=False)
     assert output.values is None and output.entropy is None and output.logprobs.shape == (11,)
 
 
@@ -150,13 +175,13 @@ def test_outputs_that_nobody_asked_for_are_none():
 def test_the_value_head_starts_at_zero_in_float32(tmp_path: Path, dtype: str):
     tiny_llama().save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), dtype, with_values=True)
-    output = policy(*inputs())
+    output = policy(inputs())
     assert output.values.tolist() == [0.0] * 11 and output.values.dtype == output.logprobs.dtype == torch.float32
     assert policy.language_model.lm_head.weight.dtype == getattr(torch, dtype)
     assert policy.value_head.weight.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.nn.init.ones_(policy.value_head.weight)
-        assert policy(*inputs()).values.dtype == torch.float32  # autocast would have rounded the sum to bfloat16
+        assert policy(inputs()).values.dtype == torch.float32  # autocast would have rounded the sum to bfloat16
 
 
 def test_the_engine_finds_the_language_models_own_names():
@@ -183,20 +208,16 @@ def gpt2_with_dropout() -> GPT2LMHeadModel:
 def test_training_mode_gives_the_log_probs_of_evaluation_mode(tmp_path: Path, make):
     policy = load_policy(saved(make(), tmp_path), "float32")
     assert policy.training and policy.language_model.training
-    training = policy(*inputs()).logprobs
-    assert torch.equal(training, policy.eval()(*inputs()).logprobs)
+    training = policy(inputs()).logprobs
+    assert torch.equal(training, policy.eval()(inputs()).logprobs)
 
 
 def test_the_reference_is_frozen_and_agrees_with_the_policy_it_came_from(tmp_path: Path):
     path = saved(tiny_llama(), tmp_path)
     reference = load_reference(path, "float32")
     assert not reference.training and not any(p.requires_grad for p in reference.parameters())
-    expected = load_policy(path, "float32")(*inputs(), temperature=0.6).logprobs
-    assert torch.equal(reference_logprobs(reference, *inputs(), temperature=0.6), expected)
-
-
-def test_policy_attends_by_sdpa(tmp_path: Path):
-    assert load_policy(saved(tiny_llama(), tmp_path), "float32").language_model.config._attn_implementation == "sdpa"
+    expected = load_policy(path, "float32")(inputs(), temperature=0.6).logprobs
+    assert torch.equal(reference_logprobs(reference, inputs(), temperature=0.6), expected)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -214,12 +235,9 @@ class LargestTensor(TorchDispatchMode):
 def test_prompt_positions_get_no_logits():
     """4 rows of 200 tokens of which 5 are a response, 5000 words: 20 x 5000 logits, not 800 x 5000."""
     policy = Policy(tiny_llama(vocab_size=5000), with_values=True)
-    predicts = torch.zeros(4, 200, dtype=torch.bool)
-    predicts[:, 194:199] = True
+    ids = torch.ones(4, 200, dtype=torch.int64)
     with LargestTensor() as largest:
-        policy(
-            torch.ones(4, 200, dtype=torch.int64), predicts, torch.ones(20, dtype=torch.int64)
-        ).logprobs.sum().backward()
+        policy(batch_of(ids, [195] * 4, [5] * 4, groups=[0, 1, 2, 3])).logprobs.sum().backward()
     assert largest.elements < 4 * 4 * 200 * 200 + 1  # the attention's own (batch, heads, sequence, sequence)
 
 
