@@ -21,7 +21,9 @@ OF = {
     "grpo": [*SMOKE, "grpo.prompts_per_step=4", "sampling.n=2", "grpo.kl_coef=0.01", f"grpo.steps={STEPS}"],
 }
 # Times, rates and memory: all that may differ.
-MEASURED = re.compile(r"phase/.*|memory/.*|(.*/)?seconds|.*_per_s|.*_ms|rollout/(host_gap|tail)_fraction|rollout/.*overlap.*")
+MEASURED = re.compile(
+    r"phase/.*|memory/.*|(.*/)?seconds|.*_per_s|.*_ms|rollout/(host_gap|tail)_fraction|rollout/.*overlap.*"
+)
 
 
 def run(
@@ -97,6 +99,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert (folder / weights).read_bytes() == (uninterrupted / weights).read_bytes()
     assert not (folder / "failure.json").exists() and list(folder.glob("failure-before-*.json"))
     assert "resume: null" in (folder / "config.yaml").read_text()
+
+    out = tmp_path / "exported"
+    done = launch(["scripts/export.py", folder, out], nproc=None)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{out}: the policy after 4 steps, from {folder}" in done.stdout
+    for file in (folder / "policy").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    done = launch(["scripts/export.py", folder, out], nproc=None)
+    assert done.returncode == 1 and "exists and is not overwritten" in done.stderr
 
 
 def test_one_rank_goes_on_as_two_and_back(
