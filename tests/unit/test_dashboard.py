@@ -179,7 +179,7 @@ def test_wandb_offline_records_the_run_in_its_folder_and_is_quiet(tmp_path, capf
 def test_wandb_goes_on_with_the_same_run(tmp_path, capfd, no_login):
     ids = []
     for step in range(2):
-        with Dashboard(tmp_path, WandbConfig(mode="offline"), QUIET, 2, True, ids[0] if ids else None) as board:
+        with Dashboard(tmp_path, WandbConfig(mode="auto"), QUIET, 2, True, ids[0] if ids else None) as board:
             board.log(step, {"reward/mean": 0.5})
             ids.append(board.wandb_id)
     assert ids[0] is not None and ids[0] == ids[1]
