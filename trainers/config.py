@@ -274,6 +274,42 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run while it goes on, to go on from.
+
+    Args:
+        every: steps between two checkpoints in RUN/checkpoints; the last step has one too. null writes none (the end
+            of a run exports its policy in any case).
+        keep: whole checkpoints to keep; older ones are deleted after a new one is whole.
+        resume: go on in an old run's folder - a run's folder (its newest whole checkpoint), one of its checkpoints
+            (what came after it is dropped), or auto (the newest of the folder that run.name names; a new run where
+            there is none yet). null starts a new run.
+    """
+
+    every: int | None = None
+    keep: int = 2
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        check_least("checkpoint", self, {"every": 1, "keep": 1})
+        if self.resume == "":
+            raise ConfigError("checkpoint.resume is empty; give a run's folder, a checkpoint's, auto or null")
+        if self.resume == "auto" and self.every is None:
+            raise ConfigError(
+                "checkpoint.resume is auto and checkpoint.every is null, so that there would never be a checkpoint; "
+                "set checkpoint.every=1, say"
+            )
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """True if a checkpoint follows this step, counted from 0.
+
+        >>> [CheckpointConfig(every=2).is_due(step, last=step == 4) for step in range(5)]
+        [False, True, False, True, True]
+        """
+        return self.every is not None and (last or (step + 1) % self.every == 0)
+
+
+@dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases; metrics.jsonl in the run folder has the same numbers in any mode.
 
@@ -306,6 +342,7 @@ class Experiment:
         optimizer: AdamW
         run: where the run is recorded
         wandb: Weights & Biases
+        checkpoint: what is kept to go on from
 
     Raises:
         ConfigError: if two keys contradict each other, or a number is not finite.
@@ -320,6 +357,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def algorithm(self) -> Hyperparameters:
@@ -343,6 +381,11 @@ class Experiment:
         if self.sampling.temperature == 0:
             raise ConfigError(
                 "sampling.temperature is 0 (greedy); the policy learns from sampled responses: set it above 0"
+            )
+        if self.checkpoint.resume == "auto" and self.run.name is None:
+            raise ConfigError(
+                "checkpoint.resume is auto, which looks into the folder that run.name names, and run.name is null; set "
+                "run.name, or give the folder to resume"
             )
 
     @property

@@ -52,6 +52,7 @@ class Dashboard:
         run_config: progress.
         total_steps: that the run is to have, for the bar; 0 of an evaluation alone.
         is_main: True on rank 0.
+        wandb_id: of the run on wandb that goes on; None starts one.
 
     Raises:
         ConfigError: if wandb.mode is online and there is no login.
@@ -66,7 +67,13 @@ class Dashboard:
     """
 
     def __init__(
-        self, folder: Path | str, wandb_config: WandbConfig, run_config: RunConfig, total_steps: int, is_main: bool
+        self,
+        folder: Path | str,
+        wandb_config: WandbConfig,
+        run_config: RunConfig,
+        total_steps: int,
+        is_main: bool,
+        wandb_id: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.phase_seconds: dict[str, float] = {}
@@ -79,7 +86,7 @@ class Dashboard:
         self._bar: tqdm | None = None
         if not is_main:
             return
-        self._wandb = _start_wandb(self.folder, wandb_config)
+        self._wandb = _start_wandb(self.folder, wandb_config, wandb_id)
         self._file = _open_to_append(self.folder / METRICS_FILE)
         if self._progress and _is_terminal(sys.stderr):
             self._bar = tqdm(total=total_steps, file=sys.stderr, unit="step", dynamic_ncols=True, leave=True)
@@ -132,6 +139,11 @@ class Dashboard:
 
         table = wandb.Table(columns=list(rows[0]), data=[[str(value) for value in row.values()] for row in rows])
         self._wandb.log({"step": step, name: table})
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Of the run on wandb, to go on with it; None without, and elsewhere than on rank 0."""
+        return None if self._wandb is None else self._wandb.id
 
     def close(self, failed: bool = False) -> None:
         """End the bar and wandb's run and print the summary; a second call does nothing.
@@ -280,7 +292,7 @@ def _is_logged_in() -> bool:
     return wandb.login(prompt=False, verify=False)  # reads what is stored; no request, no question
 
 
-def _start_wandb(folder: Path, config: WandbConfig) -> "Run | None":
+def _start_wandb(folder: Path, config: WandbConfig, run_id: str | None) -> "Run | None":
     mode = wandb_mode(config.mode)
     if mode == "disabled":
         return None
@@ -297,6 +309,9 @@ def _start_wandb(folder: Path, config: WandbConfig) -> "Run | None":
             group=config.group,
             tags=config.tags,
             name=folder.name,
+            id=run_id,
+            # Offline there is nobody to ask: the id alone joins the two records when they are uploaded.
+            resume="allow" if run_id is not None and mode == "online" else None,
             dir=folder,
             config=_config_of(folder),
             settings=_quiet_settings(),

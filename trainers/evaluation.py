@@ -23,7 +23,11 @@ from trainers.data import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trainers.dashboard import Dashboard
+    from trainers.scoring import Scorer
+
 EVAL_SAMPLES_FILE = "eval_samples.jsonl"
+TABLE_ROWS = 64  # of an evaluation, in wandb; the file has all
 EVALUATION_SEED = 2**62
 """Of the engine's streams; training takes the step's number. The same in each evaluation, so that two of them differ by
 the weights alone."""
@@ -157,3 +161,25 @@ def write_outcomes(folder: Path, step: int, outcomes: Sequence[Outcome]) -> None
     with (folder / EVAL_SAMPLES_FILE).open("a") as file:
         for outcome in outcomes:
             file.write(json.dumps({"step": step} | asdict(outcome), ensure_ascii=False) + "\n")
+
+
+def evaluate_and_show(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    scorer: "Scorer",
+    tokenizer: "PreTrainedTokenizerBase",
+    sampling: SamplingConfig,
+    config: EvaluationConfig,
+    step: int,
+    dashboard: "Dashboard",
+) -> dict[str, float]:
+    """The eval/* metrics of the engine's weights, all ranks; rank 0 writes down what was said."""
+
+    def total(rollouts: RolloutBatch, of: Sequence[Example]) -> np.ndarray:
+        return scorer.score(rollouts, of).total
+
+    metrics, outcomes = evaluate(engine, examples, total, tokenizer, sampling, config)
+    if engine.world.is_main:
+        write_outcomes(dashboard.folder, step, outcomes)
+        dashboard.log_table(step, "eval/samples", [asdict(outcome) for outcome in outcomes[:TABLE_ROWS]])
+    return metrics

@@ -8,11 +8,13 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from rollout import RolloutEngine, beat, init_world, watched
+from trainers.cli import dump
 from trainers.config import EvaluateConfig
 from trainers.dashboard import Dashboard
+from trainers.evaluation import evaluate_and_show
 from trainers.held_out import load_evaluation_prompts
-from trainers.loop import agreed_run_folder, evaluate_and_show
 from trainers.rewards import check_answers
+from trainers.run_folder import agreed_run_folder
 from trainers.scoring import Scorer
 
 
@@ -31,7 +33,7 @@ def run_evaluation(config: EvaluateConfig) -> Path:
     examples = load_evaluation_prompts(config, tokenizer)
     check_answers([example.answer for example in examples], config.reward)
     with Scorer(config.reward, tokenizer, beat) as scorer:
-        folder = agreed_run_folder(config, world, "eval")
+        folder = agreed_run_folder(config.run, dump(config), world.is_main, "eval")
         if world.is_main and config.run.progress:
             print(f"{folder}: {config.model.path} on {len(examples)} prompts of {origin(config)}", file=sys.stderr)
         with (
@@ -40,7 +42,10 @@ def run_evaluation(config: EvaluateConfig) -> Path:
             Dashboard(folder, config.wandb, config.run, 0, world.is_main) as dashboard,
             watch.busy("evaluating"),
         ):
-            dashboard.log(0, evaluate_and_show(engine, examples, scorer, tokenizer, config, 0, dashboard))
+            metrics = evaluate_and_show(
+                engine, examples, scorer, tokenizer, config.sampling, config.evaluation, 0, dashboard
+            )
+            dashboard.log(0, metrics)
     dist.barrier()
     dist.destroy_process_group()
     return folder

@@ -4,43 +4,37 @@ Trainer and rollout engine live in the same ranks: `torchrun --nproc_per_node=2 
 trainer the ranks are data-parallel; to the engine they are tensor-parallel.
 """
 
-import json
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutBatch, RolloutEngine, Watch, World, beat, init_world, merge_groups, watched
-from trainers.across_ranks import sum_over_ranks
-from trainers.batching import TrainBatch, make_batch, no_rows
-from trainers.cli import dump
+from rollout import RolloutEngine, Watch, World, beat, init_world, watched
+from trainers.batching import TrainBatch
+from trainers.checkpoint import About, save
+from trainers.collection import batch_of, generate_rounds, write_samples
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
-from trainers.dynamic_sampling import Round, add_rounds, count_groups, join, round_seed, share_out
-from trainers.evaluation import evaluate, is_due, write_outcomes
+from trainers.evaluation import evaluate_and_show, is_due
+from trainers.export import export_policy
 from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.no_grad_pass import no_grad_pass
 from trainers.plots import plot_run
 from trainers.policy import Policy
+from trainers.resume import Start, agreed_start, restore, taken
 from trainers.rewards import check_answers
-from trainers.run_folder import create_run_folder
-from trainers.scoring import Scorer, join_scores
-
-SAMPLES_FILE = "samples.jsonl"
-SAMPLES_A_STEP = 4
-EVAL_TABLE_ROWS = 64  # of an evaluation, in wandb; the file has all
+from trainers.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,11 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     """Run the experiment; called by every rank.
 
     Returns:
-        The run's folder: config, environment, metrics, samples, plots and the trained policy.
+        The run's folder: config, environment, metrics, samples, plots, checkpoints and the trained policy.
 
     Raises:
-        ConfigError: if the data or a setting is at fault; found before the model is loaded.
+        ConfigError: if the data or a setting is at fault, or the checkpoint is of another run; found before the model
+            is loaded. (Only a damaged checkpoint is found out later.)
     """
     disable_progress_bar()
     world = init_world()
@@ -73,13 +68,13 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     stream, held_out = prompts(config, tokenizer, world)
     with Scorer(config.reward, tokenizer, beat) as scorer:  # its workers start before there are threads and devices
-        folder = agreed_run_folder(config, world, config.algorithm.section)
-        with watched(folder, config.rollout.stall_timeout_s) as watch:
-            learn(config, algorithm, world, stream, held_out, scorer, tokenizer, folder, watch)
+        start = agreed_start(config, stream.examples, world)
+        with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
+            learn(config, algorithm, world, stream, held_out, scorer, tokenizer, start, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
-    return folder
+    return start.folder
 
 
 def learn(
@@ -90,16 +85,17 @@ def learn(
     held_out: Sequence[Example],
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    start: Start,
     watch: Watch,
 ) -> None:
-    """All steps of the run: generate, score, update; and the evaluations between them."""
+    """All steps of the run that are left: generate, score, update; and the evaluations between them."""
+    folder, steps = start.folder, config.algorithm.steps
     if world.is_main and config.run.progress:
         compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
         print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
-        Dashboard(folder, config.wandb, config.run, config.algorithm.steps, world.is_main) as dashboard,
+        Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id) as dashboard,
     ):
 
         @contextmanager
@@ -109,14 +105,17 @@ def learn(
 
         def evaluation(step: int) -> dict[str, float]:
             """Of the policy after `step` updates, where one is due."""
-            if not is_due(step, config.evaluation.every, config.algorithm.steps):
+            if not is_due(step, config.evaluation.every, steps):
                 return {}
             with watch.busy("evaluating"), engine.awake():
                 engine.sync_weights(learner.policy.language_model, version=step)
-                return evaluate_and_show(engine, held_out, scorer, tokenizer, config, step, dashboard)
+                return evaluate_and_show(
+                    engine, held_out, scorer, tokenizer, config.sampling, config.evaluation, step, dashboard
+                )
 
         learner = make_learner(config, algorithm.load(config), world.device)
-        for step in range(config.algorithm.steps):
+        restore(start, learner, stream, config.run.seed)
+        for step in range(start.step, steps):
             evaluated = evaluation(step)
             with timed_step(dashboard, step) as metrics:
                 metrics |= evaluated
@@ -135,10 +134,14 @@ def learn(
                         metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
                 write_samples(folder, step, rounds[0], tokenizer)
-        if evaluated := evaluation(config.algorithm.steps):
-            dashboard.log(config.algorithm.steps, evaluated)
+            if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step
+                with phase("checkpoint"):
+                    about = about_now(config, start, step + 1, stream, world, dashboard)
+                    save(folder, about, learner, config.checkpoint.keep, config.run.private)
+        if evaluated := evaluation(steps):
+            dashboard.log(steps, evaluated)
         if world.is_main:
-            save_policy(folder, learner.policy, tokenizer, config)
+            export_policy(folder / "policy", learner.policy.language_model, tokenizer, config.rollout.dtype)
             plot_run(folder)
 
 
@@ -153,27 +156,6 @@ def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World
     return stream, held_out
 
 
-def evaluate_and_show(
-    engine: RolloutEngine,
-    examples: Sequence[Example],
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Experiment,
-    step: int,
-    dashboard: Dashboard,
-) -> dict[str, float]:
-    """The eval/* metrics of the engine's weights, all ranks; rank 0 writes down what was said."""
-
-    def total(rollouts: RolloutBatch, of: Sequence[Example]) -> np.ndarray:
-        return scorer.score(rollouts, of).total
-
-    metrics, outcomes = evaluate(engine, examples, total, tokenizer, config.sampling, config.evaluation)
-    if engine.world.is_main:
-        write_outcomes(dashboard.folder, step, outcomes)
-        dashboard.log_table(step, "eval/samples", [asdict(outcome) for outcome in outcomes[:EVAL_TABLE_ROWS]])
-    return metrics
-
-
 def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
     """The batch with what policy, critic and reference say of it before the first update, as far as it is wanted."""
     hyper = config.algorithm
@@ -184,63 +166,12 @@ def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) ->
         )
 
 
-def generate_rounds(
-    engine: RolloutEngine, stream: PromptStream, scorer: Scorer, config: Experiment, step: int, phase: Callable
-) -> tuple[list[Round], dict[str, float]]:
-    """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
-
-    Every rank makes as many rounds: how many groups were found is counted over all of them.
-
-    Returns:
-        This rank's rounds; and the rollout/* and reward/* metrics of all of them, all ranks.
-    """
-    hyper, n = config.algorithm, config.sampling.n
-    rounds: list[Round] = []
-    of_rounds: list[dict[str, float]] = []
-    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds, n) < hyper.prompts_per_step):
-        examples = next(stream)
-        with engine.awake(), phase("generate"):
-            prompt_ids = [example.prompt_ids for example in examples]
-            rollouts = engine.generate(prompt_ids, config.sampling, seed=round_seed(step, len(rounds)))
-            of_rounds.append(rollout_metrics(engine))
-        with phase("reward"):
-            rounds.append(Round(examples, rollouts, scorer.score(rollouts, examples)))
-    scores = join_scores([each.scores for each in rounds])
-    return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
-
-
-def batch_of(rounds: Sequence[Round], config: Experiment, world: World) -> tuple[TrainBatch, dict[str, float]]:
-    """What this rank trains on, and how much was found where groups are dropped: then a collective."""
-    if not config.algorithm.drops_equal_groups:
-        (only,) = rounds
-        return make_batch(only.rollouts, only.scores.total, world.device), {}
-    groups, metrics = share_out(rounds, config.sampling.n, config.algorithm.prompts_per_step)
-    return make_batch(*join(groups), world.device) if groups else no_rows(world.device), metrics
-
-
-def reward_metrics(totals: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation of the responses' scores, all ranks."""
-    scores = torch.from_numpy(totals).double()
-    count, total, squares = sum_over_ranks(
-        torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
-    ).tolist()
-    mean = total / count
-    return {"reward/mean": mean, "reward/std": max(squares / count - mean**2, 0.0) ** 0.5}
-
-
-def rollout_metrics(engine: RolloutEngine) -> dict[str, float]:
-    """The rollout/* metrics of the whole job: each tensor-parallel group counted once."""
-    everyones: list = [None] * engine.world.size
-    dist.all_gather_object(everyones, engine.metrics)
-    return merge_groups(everyones[:: engine.tensor_parallel_size])
-
-
-def agreed_run_folder(config: Experiment, world: World, kind: str) -> Path:
-    """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one."""
-    folder = [create_run_folder(config.run, kind, dump(config)) if world.is_main else None]
-    dist.broadcast_object_list(folder, src=0)
-    assert folder[0] is not None
-    return folder[0]
+def about_now(
+    config: Experiment, start: Start, step: int, stream: PromptStream, world: World, dashboard: Dashboard
+) -> About:
+    """What a checkpoint after `step` steps says of itself."""
+    settings, name = dataclasses.asdict(config), config.algorithm.section
+    return About(step, stream.position, world.size, name, settings, start.origin, dashboard.wandb_id)
 
 
 @contextmanager
@@ -253,28 +184,3 @@ def timed_step(dashboard: Dashboard, step: int) -> Iterator[dict[str, float]]:
     metrics["step/seconds"] = seconds
     metrics["step/generated_tokens_per_s"] = metrics["rollout/generated_tokens"] / seconds
     dashboard.log(step, metrics | memory_metrics())
-
-
-def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Append a few of this rank's responses, one JSON object a line, special tokens shown."""
-    with (folder / SAMPLES_FILE).open("a") as file:
-        for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
-            example = first.examples[rollout.prompt_index]
-            sample = {
-                "step": step,
-                "prompt": example.text,
-                "response": tokenizer.decode(rollout.response_ids),
-                "answer": example.answer,
-                "reward": reward,
-                "finish_reason": rollout.finish_reason,
-                "version": rollout.version,
-            }
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
-def save_policy(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Experiment) -> None:
-    """Write the trained language model, in the engine's dtype, as a folder that transformers and vLLM load."""
-    dtype = getattr(torch, config.rollout.dtype)
-    state = {name: tensor.to(dtype) for name, tensor in policy.language_model.state_dict().items()}
-    policy.language_model.save_pretrained(folder / "policy", state_dict=state)
-    tokenizer.save_pretrained(folder / "policy")

@@ -47,6 +47,16 @@ def create_run_folder(run: RunConfig, algorithm: str, config_yaml: str) -> Path:
     return folder
 
 
+def agreed_run_folder(run: RunConfig, config_yaml: str, is_main: bool, kind: str) -> Path:
+    """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one."""
+    import torch.distributed as dist  # not for those who only read about a run
+
+    folder = [create_run_folder(run, kind, config_yaml) if is_main else None]
+    dist.broadcast_object_list(folder, src=0)
+    assert folder[0] is not None
+    return folder[0]
+
+
 def run_folder_name(algorithm: str, now: datetime | None = None) -> str:
     """Algorithm, date and time: the name of a run that was given none.
 

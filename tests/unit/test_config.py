@@ -18,7 +18,16 @@ from rollout import RolloutConfig, SamplingConfig
 from tests.tiny_tokenizer import tiny_tokenizer
 from trainers.checks import check_model, check_world
 from trainers.cli import dump, help_text, parse, run_cli
-from trainers.config import DataConfig, GRPOConfig, ModelConfig, OptimizerConfig, PPOConfig, RunConfig, WandbConfig
+from trainers.config import (
+    CheckpointConfig,
+    DataConfig,
+    GRPOConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RunConfig,
+    WandbConfig,
+)
 from trainers.errors import ConfigError
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 
@@ -75,6 +84,10 @@ def write(tmp_path: Path, text: str) -> str:
         (OptimizerConfig, "weight_decay", -0.1),
         (OptimizerConfig, "max_grad_norm", 0.0),
         (OptimizerConfig, "warmup_steps", -1),
+        (CheckpointConfig, "every", 0),
+        (CheckpointConfig, "keep", 0),
+        (CheckpointConfig, "resume", ""),
+        (CheckpointConfig, "resume", "auto"),  # without checkpoint.every
         (RunConfig, "seed", -1),
         (RunConfig, "name", ""),
         (RunConfig, "name", "a/b"),
@@ -100,6 +113,7 @@ def test_a_value_out_of_range_is_refused_with_its_dotted_key(section, key, value
         ({"sampling": SamplingConfig(temperature=0.0)}, "sampling.temperature"),
         ({"optimizer": OptimizerConfig(learning_rate=float("inf"))}, "optimizer.learning_rate"),
         ({"rollout": RolloutConfig(kv_cache_gib=float("nan"))}, "rollout.kv_cache_gib"),
+        ({"checkpoint": CheckpointConfig(every=1, resume="auto")}, "checkpoint.resume"),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(sections, key):

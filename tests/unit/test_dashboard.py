@@ -187,6 +187,18 @@ def test_wandb_offline_records_the_run_in_its_folder_and_is_quiet(tmp_path, capf
     assert f"wandb sync {record.parent}" in out
 
 
+def test_wandb_goes_on_with_the_same_run(tmp_path, capfd, no_login):
+    ids = []
+    for step in range(2):
+        with Dashboard(tmp_path, WandbConfig(mode="auto"), QUIET, 2, True, ids[0] if ids else None) as board:
+            board.log(step, {"reward/mean": 0.5})
+            ids.append(board.wandb_id)
+    assert ids[0] is not None and ids[0] == ids[1]
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))) in (1, 2)  # one if within a second
+    assert capfd.readouterr().err == ""
+    assert quiet_dashboard(tmp_path).wandb_id is None
+
+
 def test_mode_auto_needs_a_login_to_go_online(no_login, monkeypatch):
     assert wandb_mode("auto") == "offline"
     with pytest.raises(ConfigError, match="wandb.mode is online, but wandb has no login here: run `wandb login`"):

@@ -1,0 +1,89 @@
+"""What a step learns from: prompts answered and scored, round by round, and this rank's batch of it."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from rollout import RolloutEngine, World, merge_groups
+from trainers.across_ranks import sum_over_ranks
+from trainers.batching import TrainBatch, make_batch, no_rows
+from trainers.config import Experiment
+from trainers.data import PromptStream
+from trainers.dynamic_sampling import Round, add_rounds, count_groups, join, round_seed, share_out
+from trainers.scoring import Scorer, join_scores
+
+SAMPLES_FILE = "samples.jsonl"
+SAMPLES_A_STEP = 4
+
+
+def generate_rounds(
+    engine: RolloutEngine, stream: PromptStream, scorer: Scorer, config: Experiment, step: int, phase: Callable
+) -> tuple[list[Round], dict[str, float]]:
+    """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
+
+    Every rank makes as many rounds: how many groups were found is counted over all of them.
+
+    Returns:
+        This rank's rounds; and the rollout/* and reward/* metrics of all of them, all ranks.
+    """
+    hyper, n = config.algorithm, config.sampling.n
+    rounds: list[Round] = []
+    of_rounds: list[dict[str, float]] = []
+    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds, n) < hyper.prompts_per_step):
+        examples = next(stream)
+        with engine.awake(), phase("generate"):
+            prompt_ids = [example.prompt_ids for example in examples]
+            rollouts = engine.generate(prompt_ids, config.sampling, seed=round_seed(step, len(rounds)))
+            of_rounds.append(rollout_metrics(engine))
+        with phase("reward"):
+            rounds.append(Round(examples, rollouts, scorer.score(rollouts, examples)))
+    scores = join_scores([each.scores for each in rounds])
+    return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
+
+
+def batch_of(rounds: Sequence[Round], config: Experiment, world: World) -> tuple[TrainBatch, dict[str, float]]:
+    """What this rank trains on, and how much was found where groups are dropped: then a collective."""
+    if not config.algorithm.drops_equal_groups:
+        (only,) = rounds
+        return make_batch(only.rollouts, only.scores.total, world.device), {}
+    groups, metrics = share_out(rounds, config.sampling.n, config.algorithm.prompts_per_step)
+    return make_batch(*join(groups), world.device) if groups else no_rows(world.device), metrics
+
+
+def reward_metrics(totals: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation of the responses' scores, all ranks."""
+    scores = torch.from_numpy(totals).double()
+    count, total, squares = sum_over_ranks(
+        torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
+    ).tolist()
+    mean = total / count
+    return {"reward/mean": mean, "reward/std": max(squares / count - mean**2, 0.0) ** 0.5}
+
+
+def rollout_metrics(engine: RolloutEngine) -> dict[str, float]:
+    """The rollout/* metrics of the whole job: each tensor-parallel group counted once."""
+    everyones: list = [None] * engine.world.size
+    dist.all_gather_object(everyones, engine.metrics)
+    return merge_groups(everyones[:: engine.tensor_parallel_size])
+
+
+def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Append a few of this rank's responses, one JSON object a line, special tokens shown."""
+    with (folder / SAMPLES_FILE).open("a") as file:
+        for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
+            example = first.examples[rollout.prompt_index]
+            sample = {
+                "step": step,
+                "prompt": example.text,
+                "response": tokenizer.decode(rollout.response_ids),
+                "answer": example.answer,
+                "reward": reward,
+                "finish_reason": rollout.finish_reason,
+                "version": rollout.version,
+            }
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
