@@ -23,11 +23,13 @@ import torch
 from accelerate import Accelerator
 from vllm.v1.request import RequestStatus
 
-import trainers.ppo
+import trainers.loop
 from rollout import RolloutConfig, RolloutEngine
 from rollout.backend.weight_sync import PlannedSync
 from trainers.cli import run_cli
 from trainers.config import PPOConfig
+from trainers.ppo import train_ppo
+from trainers.scoring import Scorer
 
 AT_DECODE_STEP, REQUEST = 5, "3"
 
@@ -198,9 +200,9 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "exception in schedule": lambda step: in_decoding(step, scheduling, raises("schedule")),
     # The first sync proves its plan with one load more than the others.
     "exception in weight copy": lambda step: before(PlannedSync, "load", step + 1, raises("weight copy")),
-    "exception in reward": lambda step: before(trainers.ppo, "score", step, raises("reward")),
+    "exception in reward": lambda step: before(Scorer, "score", step, raises("reward")),
     "exception in backward": lambda step: before(
-        trainers.ppo, "optimize", step, lambda *_: before(Accelerator, "backward", 0, raises("backward"))
+        trainers.loop, "optimize", step, lambda *_: before(Accelerator, "backward", 0, raises("backward"))
     ),
     "SIGKILL of the rank": lambda step: in_decoding(step, execution, sends(signal.SIGKILL, os.getpid)),
     "SIGSTOP of the rank": lambda step: in_decoding(step, execution, sends(signal.SIGSTOP, os.getpid)),
@@ -209,19 +211,19 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "SIGTERM of the launcher": lambda step: in_decoding(step, execution, sends(signal.SIGTERM, os.getppid)),
     "Ctrl-C": lambda step: in_decoding(step, execution, sends(signal.SIGINT, os.getppid)),
     "SIGKILL of everybody": lambda step: in_decoding(step, execution, kills_the_whole_job),
-    "sys.exit(0) in reward": lambda step: before(trainers.ppo, "score", step, leaves),
+    "sys.exit(0) in reward": lambda step: before(Scorer, "score", step, leaves),
     "out of memory": lambda step: in_decoding(step, execution, takes_too_much_memory),
     "step that never ends": lambda step: in_decoding(step, execution, hangs),
-    "reward that never returns": lambda step: before(trainers.ppo, "score", step, hangs),
-    "reward that holds the interpreter": lambda step: before(trainers.ppo, "score", step, hangs_with_the_lock),
-    "data worker that dies": lambda step: before(trainers.ppo, "score", step, loses_a_data_worker),
+    "reward that never returns": lambda step: before(Scorer, "score", step, hangs),
+    "reward that holds the interpreter": lambda step: before(Scorer, "score", step, hangs_with_the_lock),
+    "data worker that dies": lambda step: before(Scorer, "score", step, loses_a_data_worker),
     "NaN logits": lambda step: in_decoding(step, execution, spoils_the_logits),
     "flipped token": lambda step: in_decoding(step, taking_output, flips_a_token),
     "skipped step": lambda step: in_decoding(step, scheduling, skips_a_step),
     "dropped request": lambda step: in_decoding(step, scheduling, drops_a_request),
     "another seed": lambda step: before(RolloutEngine, "generate", step, takes_another_seed),
     "another config": lambda step: builds_with_another_config(),
-    "full disk": lambda step: before(trainers.ppo, "save_policy", 0, fills_the_disk),
+    "full disk": lambda step: before(trainers.loop, "export_policy", 0, fills_the_disk),
     "none": lambda step: None,
 }
 
@@ -230,7 +232,7 @@ def main(config: PPOConfig) -> None:
     name, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if int(os.environ["RANK"]) == rank:
         FAULTS[name](step)
-    trainers.ppo.train(config)
+    train_ppo(config)
 
 
 if __name__ == "__main__":
