@@ -118,7 +118,9 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
             output = learner.ddp(part, config.sampling.temperature, entropy=True)
             part_loss, part_stats = loss(part, output, config, whole)
             if rows is None:
-                part_loss, part_stats = part_loss * 0.0, {name: value * 0.0 for name, value in part_stats.items()}
+                # Not the loss times 0: it may be infinite, since the row is nobody's.
+                part_loss = 0.0 * sum(each.sum() for each in (output.logprobs, output.values) if each is not None)
+                part_stats = {name: torch.zeros_like(value) for name, value in part_stats.items()}
             learner.accelerator.backward(undo_ddp_mean(part_loss))
             beat()
         add_up(stats, part_stats | {"loss": part_loss.detach()})

@@ -46,9 +46,9 @@ def step(with_signal: int, accelerator: Accelerator) -> dict:
     policy = Policy(tiny_llama(seed=0))
     batch = no_grad_pass(batch, policy, tiny_llama(seed=1), TEMPERATURE, 64, hyper.needs_old_logprobs)
     batch = grpo.targets(batch, config)
-    ddp, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=0.1))
+    ddp, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=0.01))
     for group in optimizer.param_groups:
-        group["initial_lr"] = 0.1
+        group["initial_lr"] = 0.01
     learner = Learner(accelerator, policy, ddp, optimizer, reference=None)
     if metrics["rollout/trained_groups"]:
         metrics |= optimize(batch, learner, grpo.loss, config, seed=0)

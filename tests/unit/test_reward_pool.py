@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch  # noqa: F401 (a forked worker would have it, too)
 
 from trainers.reward_functions import Failed, Sample, Task
 from trainers.reward_pool import RewardPool
