@@ -18,7 +18,7 @@ class TrainBatch:
     """This rank's sequences for training, prompt then response, right-padded with zeros.
 
     (batch, response) tensors hold the response's tokens in columns 0 to length - 1 and are zero elsewhere. The optional
-    ones are filled in as a step goes on: by `evaluate`, then by `with_targets`.
+    ones are filled in as a step goes on: by `no_grad_pass`, then by `with_targets`.
 
     Attributes:
         input_ids: (batch, sequence) int64.
@@ -94,14 +94,16 @@ class TrainBatch:
         """
         rows = rows.to(self.input_ids.device)
         chosen = {f.name: value[rows] for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        sequence = int((chosen["prompt_lengths"] + chosen["response_lengths"]).max())
-        response = int(chosen["response_lengths"].max())
+        sequence = max((chosen["prompt_lengths"] + chosen["response_lengths"]).tolist(), default=0)
+        response = max(chosen["response_lengths"].tolist(), default=0)
         for name, value in chosen.items():
             if value.dim() == 2:
                 chosen[name] = value[:, : sequence if name == "input_ids" else response]
         return TrainBatch(**chosen)
 
-    def minibatches(self, num_minibatches: int, epochs: int, seed: int) -> Iterator["TrainBatch"]:
+    def minibatches(
+        self, num_minibatches: int, epochs: int, seed: int, may_be_empty: bool = False
+    ) -> Iterator["TrainBatch"]:
         """Every row once an epoch, in a new order each epoch, in parts whose sizes differ by one row at most.
 
         Every rank yields num_minibatches * epochs minibatches, so that their optimizer updates stay together.
@@ -110,11 +112,12 @@ class TrainBatch:
             num_minibatches: parts an epoch.
             epochs: passes over the batch.
             seed: of the orders; give each step its own.
+            may_be_empty: True yields minibatches without rows where this rank has fewer rows than minibatches.
 
         Raises:
-            ValueError: if this rank has fewer rows than minibatches.
+            ValueError: if it has fewer, and they may not.
         """
-        if len(self) < num_minibatches:
+        if len(self) < num_minibatches and not may_be_empty:
             raise ValueError(
                 f"minibatches is {num_minibatches} but this rank has {len(self)} responses; give every rank at "
                 "least as many by a larger prompts_per_step or sampling.n, or lower minibatches"
@@ -188,6 +191,34 @@ def make_batch(rollouts: RolloutBatch, scores: Sequence[float] | np.ndarray, dev
         scores=tensor(scores, torch.float32),
         groups=tensor(rollouts.prompt_index, torch.int64),
     )
+
+
+def stand_in(device: torch.device | str) -> TrainBatch:
+    """One row that means nothing: for a rank without rows, which has to join in the others' passes all the same."""
+    ids, one, zero = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, dtype=torch.int64), torch.zeros(1, 1)
+    row = TrainBatch(
+        input_ids=ids,
+        prompt_lengths=one,
+        response_lengths=one,
+        response_ids=ids[:, :1],
+        response_mask=torch.ones(1, 1, dtype=torch.bool),
+        engine_logprobs=zero,
+        scores=zero[0],
+        groups=one,
+        ref_logprobs=zero,
+        advantages=zero,
+    )
+    found = {f.name: value.to(device) for f in fields(row) if (value := getattr(row, f.name)) is not None}
+    return TrainBatch(**found)
+
+
+def no_rows(device: torch.device | str) -> TrainBatch:
+    """The batch of a rank that has nothing to train on.
+
+    >>> len(no_rows("cpu")), no_rows("cpu").input_ids.shape
+    (0, torch.Size([0, 0]))
+    """
+    return stand_in(device).select(torch.zeros(0, dtype=torch.int64))
 
 
 def unpack(packed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trainers.config import Experiment
+from trainers.config import EvaluateConfig, Experiment
 from trainers.errors import ConfigError
 
 
@@ -32,6 +32,8 @@ the script with torchrun --nproc_per_node=2 (or a multiple), or set rollout.tens
             f"rollout.tensor_parallel_size is {size}, which does not divide the world size of {world_size}; start the "
             f"script with torchrun --nproc_per_node={size} (or a multiple), or set rollout.tensor_parallel_size=1"
         )
+    if isinstance(config, EvaluateConfig):
+        return  # its prompts need not split evenly, and nothing is trained
     algorithm = config.algorithm
     prompts, name = algorithm.prompts_per_step, algorithm.section
     if prompts % world_size:

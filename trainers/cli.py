@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from trainers.checks import check_model, check_world
-from trainers.config import Experiment
+from trainers.config import EvaluateConfig, Experiment
 from trainers.errors import ConfigError
 
 Config = TypeVar("Config", bound=Experiment)
@@ -316,7 +316,8 @@ def _check_data(config: Experiment) -> str:
     """Read the tokenizer and the data, as the run would."""
     from transformers import AutoTokenizer
 
-    from trainers.data import load_prompts
+    from trainers.held_out import load_data, load_evaluation_prompts
+    from trainers.reward_functions import load_functions
     from trainers.rewards import check_answers
 
     try:
@@ -325,10 +326,16 @@ def _check_data(config: Experiment) -> str:
         )
     except Exception as error:  # of many kinds: no such name, no network, a broken file
         raise ConfigError(f"model.path is {config.model.path!r}; its tokenizer cannot be loaded: {error}") from error
-    examples = load_prompts(config.data, tokenizer, config.max_prompt_tokens)
-    check_answers([example.answer for example in examples], config.reward)
-    longest = max(len(example.prompt_ids) for example in examples)
-    return f"The config is sound: {len(examples)} prompts of at most {longest} tokens. Nothing was trained (--dry-run)."
+    alone = isinstance(config, EvaluateConfig)
+    examples, evaluated = ([], load_evaluation_prompts(config, tokenizer)) if alone else load_data(config, tokenizer)
+    everything = [*examples, *evaluated]
+    check_answers([example.answer for example in everything], config.reward)
+    load_functions(config.reward.paths)
+    longest = max(len(example.prompt_ids) for example in everything)
+    return (
+        f"The config is sound: {len(examples)} prompts to train on and {len(evaluated)} to evaluate on, of at most "
+        f"{longest} tokens. Nothing was trained (--dry-run)."
+    )
 
 
 def _local_rank() -> int:

@@ -4,6 +4,7 @@ Imports neither torch, vllm nor transformers, so that a mistake in a config is f
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from trainers.hyperparameters import GRPOHyperparameters, Hyperparameters, PPOHy
 
 ARITHMETIC_OPERATORS = ("+", "-", "*")
 MAX_ARITHMETIC_DIGITS = 6
+BUILT_IN_REWARDS = ("exact_number", "math_verify")
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,127 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How a response is scored: 1 if right, else 0.
+    """How a response is scored.
 
     Args:
-        name: exact_number (the last number of the response equals the answer) or math_verify (the mathematics of both
-            agree: fractions, intervals, expressions).
+        name: exact_number (1 if the last number of the response equals the answer, else 0) or math_verify (1 if the
+            mathematics of both agree: fractions, intervals, expressions).
         require_finish: true gives 0 to a response that sampling.max_tokens or rollout.max_model_len cut.
+        functions: of your own, in place of `name`, as "module:function" or "path/to/file.py:function"; exact_number
+            and math_verify may stand among them. Each is called as function(response, answer, sample) and returns a
+            number (trainers/reward_functions.py).
+        weights: of the functions, in their order; the score is the weighted sum. [] takes 1 for each.
+        workers: processes a rank that score, so that a slow or failing function is bounded; 0 scores in the rank
+            itself, where nothing bounds it (math_verify has a limit of its own).
+        timeout_s: of one response in a worker, all functions together; the worker is then ended and replaced.
+        on_error: what happens where a function raises, gives no finite number or runs out of time - raise ends the
+            run, zero gives the response 0 and counts it in reward/failed.
+
+    >>> RewardConfig(functions=["mine.py:short"], weights=[1.0, 2.0])
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: reward.weights has 2 numbers for 1 of reward.functions; give one each, or []
     """
 
     name: Literal["exact_number", "math_verify"] = "exact_number"
     require_finish: bool = True
+    functions: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    workers: int = 0
+    timeout_s: float = 20.0
+    on_error: Literal["raise", "zero"] = "raise"
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all functions: `functions`, else `name`."""
+        return self.functions or [self.name]
+
+    @property
+    def names(self) -> list[str]:
+        """What each is called in the metrics: the function's own name."""
+        return [path.rpartition(":")[2] for path in self.paths]
+
+    def __post_init__(self) -> None:
+        check_least("reward", self, {"workers": 0})
+        check_above_zero("reward", self, "timeout_s")
+        for path in self.functions:
+            if path not in BUILT_IN_REWARDS and not re.fullmatch(r".+:[A-Za-z_][A-Za-z0-9_]*", path):
+                raise ConfigError(
+                    f"reward.functions has {path!r}; give module:function, path/to/file.py:function, or one of "
+                    f"{', '.join(BUILT_IN_REWARDS)}"
+                )
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(
+                f"reward.functions is {self.functions}, of which two have one name, and so would their metrics; "
+                "rename one"
+            )
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ConfigError(
+                f"reward.weights has {len(self.weights)} numbers for {len(self.functions)} of reward.functions; give "
+                "one each, or []"
+            )
+        if not all(map(math.isfinite, self.weights)):
+            raise ConfigError(f"reward.weights is {self.weights}; each must be a finite number")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Accuracy on prompts that are not trained on.
+
+    Args:
+        every: steps from one evaluation to the next, the first before the first update and one more after the last;
+            null never evaluates in training.
+        held_out: share of the distinct problems of `data` that is kept out of the training, to evaluate on; drawn by
+            data.seed. Of arithmetic a pair of operands is held out in both orders and with all operators. 0 keeps all.
+        source: a data set of its own to evaluate on, with the columns of `data`; null takes data.source.
+        split: of that data set; null takes data.split.
+        prompts: of one evaluation, all ranks together, the same ones each time; null takes all there are.
+        n: sampled responses a prompt, for avg_at_k and pass_at_k, beside the greedy one for accuracy.
+        temperature: of the sampled ones (the rest as in `sampling`); 0 leaves them out, greedy alone.
+        k: of pass_at_k; null takes n.
+        right_at: the least score of a right response.
+
+    >>> EvaluationConfig(every=5)
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: evaluation.every is 5, but there is nothing to evaluate on that is not trained on; \
+set evaluation.held_out=0.1, say, or evaluation.source or evaluation.split
+    """
+
+    every: int | None = None
+    held_out: float = 0.0
+    source: str | None = None
+    split: str | None = None
+    prompts: int | None = 128
+    n: int = 4
+    temperature: float = 1.0
+    k: int | None = None
+    right_at: float = 1.0
+
+    @property
+    def has_own_data(self) -> bool:
+        """True where other data is named than the training's."""
+        return self.source is not None or self.split is not None
+
+    def __post_init__(self) -> None:
+        check_least("evaluation", self, {"every": 1, "prompts": 1, "n": 1, "temperature": 0, "k": 1})
+        if not 0.0 <= self.held_out < 1.0:
+            raise ConfigError(f"evaluation.held_out is {self.held_out}; it must be at least 0 and below 1")
+        if self.k is not None and self.k > self.n:
+            raise ConfigError(
+                f"evaluation.k is {self.k}, but each prompt gets only {self.n} sampled responses; lower it or raise "
+                "evaluation.n"
+            )
+        if self.held_out and self.has_own_data:
+            raise ConfigError(
+                f"evaluation.held_out is {self.held_out}, but evaluation.source or evaluation.split names other data; "
+                "set one of the two"
+            )
+        if self.every is not None and not self.held_out and not self.has_own_data:
+            raise ConfigError(
+                f"evaluation.every is {self.every}, but there is nothing to evaluate on that is not trained on; set "
+                "evaluation.held_out=0.1, say, or evaluation.source or evaluation.split"
+            )
 
 
 @dataclass(frozen=True)
@@ -225,6 +338,7 @@ class Experiment:
         sampling: how responses are drawn
         data: the prompts and their answers
         reward: how a response is scored
+        evaluation: accuracy on prompts that are not trained on
         optimizer: AdamW
         run: where the run is recorded
         wandb: Weights & Biases
@@ -239,6 +353,7 @@ class Experiment:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -328,6 +443,19 @@ prompt; set sampling.n=8, say
                 f"sampling.n is {self.sampling.n}, but grpo.advantage={self.grpo.advantage} compares a response with "
                 "the others to its prompt; set sampling.n=8, say"
             )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Experiment):
+    """The evaluation of one model: `scripts/evaluate.py`. A run's own config.yaml serves as it is.
+
+    Args:
+        ppo: unused here
+        grpo: unused here
+    """
+
+    ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    grpo: GRPOHyperparameters = field(default_factory=GRPOHyperparameters)
 
 
 def _check_finite(config: Any) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -50,7 +50,7 @@ class Dashboard:
         folder: of the run; its config.yaml becomes wandb's config.
         wandb_config: mode, project, entity, group, tags.
         run_config: progress.
-        total_steps: that the run is to have, for the bar.
+        total_steps: that the run is to have, for the bar; 0 of an evaluation alone.
         is_main: True on rank 0.
         wandb_id: of the run on wandb that goes on; None starts one.
 
@@ -109,7 +109,7 @@ class Dashboard:
         """Record one step's metrics and the phases since the last call.
 
         Args:
-            step: of the run, from 0.
+            step: of the run, from 0; total_steps for what was measured after the last one.
             metrics: numbers by their names in docs/metrics.md; already reduced over ranks, as rank 0 has them.
         """
         phases = {f"phase/{name}_s": seconds for name, seconds in self.phase_seconds.items()}
@@ -124,6 +124,21 @@ class Dashboard:
         if self._wandb is not None:
             self._wandb.log({"step": step, **row})
         self._show(step, row)
+
+    def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show rows that are no numbers, such as samples, as one table in wandb; nothing is done without wandb.
+
+        Args:
+            step: of the run, from 0.
+            name: of the table.
+            rows: at least one; all with the same columns.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[[str(value) for value in row.values()] for row in rows])
+        self._wandb.log({"step": step, name: table})
 
     @property
     def wandb_id(self) -> str | None:
@@ -157,11 +172,15 @@ class Dashboard:
     def summary(self) -> str:
         """A few lines on the whole run, from metrics.jsonl: reward at both ends, rates, and where the files are."""
         rows = read_metrics(self.folder)
-        lines = [("steps", f"{len(rows)} of {self._total_steps}")]
+        done = sum(row["step"] < self._total_steps for row in rows)
+        lines = [("steps", f"{done} of {self._total_steps}")] if self._total_steps else []
         rewards = _column(rows, "reward/mean")
         if rewards:
             first, last = rewards[:SUMMARY_STEPS], rewards[-SUMMARY_STEPS:]
             lines.append(("reward", f"{fmean(first):.3f} -> {fmean(last):.3f}  (first and last {len(first)} steps)"))
+        if accuracy := _column(rows, "eval/accuracy"):
+            change = f"{accuracy[0]:.3f} -> {accuracy[-1]:.3f}" if len(accuracy) > 1 else f"{accuracy[0]:.3f}"
+            lines.append(("accuracy", f"{change}  (on held-out prompts, greedy)"))
         if tokens_per_s := _column(rows, "rollout/generated_tokens_per_s"):
             lines.append(("generate", f"{median(tokens_per_s):,.0f} tokens/s  (median)"))
         if seconds := _column(rows, "step/seconds"):
@@ -180,17 +199,20 @@ class Dashboard:
             shown.append(f"reward {reward:.3f}")
         if tokens_per_s is not None:
             shown.append(f"{tokens_per_s:,.0f} tokens/s")
+        if "eval/accuracy" in row:
+            shown.append(f"accuracy {row['eval/accuracy']:.3f}")
         self._shown = ", ".join(shown)
         if self._bar is not None:
             if self._bar.n == 0:
                 self._bar.initial = self._bar.n = step  # a resumed run: its bar does not count the steps before
             self._bar.set_postfix_str(self._shown, refresh=False)
-            self._bar.update(step + 1 - self._bar.n)
+            self._bar.update(min(step + 1, self._total_steps) - self._bar.n)
             self._bar.refresh()
         elif self._progress:
             if seconds is not None:
                 shown.append(f"{seconds:.1f} s")
-            print(f"step {step + 1}/{self._total_steps}: {', '.join(shown)}", file=sys.stderr, flush=True)
+            where = f"step {step + 1}/{self._total_steps}" if step < self._total_steps else "in the end"
+            print(f"{where}: {', '.join(shown)}", file=sys.stderr, flush=True)
 
 
 def to_json_line(step: int, metrics: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_PROBLEMS_PER_KIND = 10_000  # all 8,100 two-digit sums fit; of longer ones this many are drawn
 TOKENIZER_BATCH = 1000
+
+ARITHMETIC_PROBLEM = re.compile(r"What is ([0-9]+)[-+*]([0-9]+)\?")
+"""Its groups are the operands."""
 
 Row = tuple[str, str]
 """Question and answer."""

@@ -62,6 +62,16 @@ class Hyperparameters:
         raise NotImplementedError
 
     @property
+    def drops_equal_groups(self) -> bool:
+        """True if prompts whose responses all score alike are not trained on."""
+        return False
+
+    @property
+    def max_rounds(self) -> int:
+        """Generations a step, at most."""
+        return 1
+
+    @property
     def reward_kl_coef(self) -> float:
         """Of the penalty in the rewards; 0 where it is in the loss."""
         return self.kl_coef if self.kl_in == "reward" else 0.0
@@ -141,6 +151,10 @@ class GRPOHyperparameters(Hyperparameters):
         advantage: of a response - grpo (its score less the group's mean, over the group's deviation; arXiv
             2402.03300), dr_grpo (without the deviation; arXiv 2503.20783), rloo (less the mean of the others; arXiv
             2402.14740) or reinforce_pp (no group: scaled over the whole batch; arXiv 2501.03262).
+        filter_groups: true leaves out prompts whose responses all score alike (DAPO's dynamic sampling, arXiv
+            2503.14476).
+        oversample: with filter_groups, generations of as many fresh prompts again, at most, until prompts_per_step
+            are found; if they are not, the step trains on those that are.
     """
 
     prompts_per_step: int = 16
@@ -148,7 +162,31 @@ class GRPOHyperparameters(Hyperparameters):
     kl_in: Literal["reward", "loss"] = "loss"
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    filter_groups: bool = False
+    oversample: int = 0
 
     @property
     def section(self) -> str:
         return "grpo"
+
+    @property
+    def drops_equal_groups(self) -> bool:
+        return self.filter_groups
+
+    @property
+    def max_rounds(self) -> int:
+        return 1 + self.oversample
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least("grpo", self, {"oversample": 0})
+        if self.oversample and not self.filter_groups:
+            raise ConfigError(
+                f"grpo.oversample is {self.oversample}, but nothing is dropped; set grpo.filter_groups=true or "
+                "grpo.oversample=0"
+            )
+        if self.filter_groups and self.advantage == "reinforce_pp":
+            raise ConfigError(
+                "grpo.filter_groups is true, but grpo.advantage=reinforce_pp learns from groups that score alike, too; "
+                "set grpo.filter_groups=false or another grpo.advantage"
+            )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rollout import beat
 from trainers.across_ranks import max_over_ranks, sum_over_ranks, undo_ddp_mean
-from trainers.batching import TrainBatch
+from trainers.batching import TrainBatch, stand_in
 from trainers.config import Experiment
 from trainers.losses import Stats
 from trainers.objective import Minibatch
@@ -82,10 +82,8 @@ def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed:
     hyper = config.algorithm
     start = time.perf_counter()
     num_tokens = int(sum_over_ranks(batch.lengths.sum()).item()) * hyper.epochs
-    updates = [
-        update(minibatch, learner, loss, config)
-        for minibatch in batch.minibatches(hyper.minibatches, hyper.epochs, seed)
-    ]
+    minibatches = batch.minibatches(hyper.minibatches, hyper.epochs, seed, may_be_empty=hyper.drops_equal_groups)
+    updates = [stats for minibatch in minibatches if (stats := update(minibatch, learner, loss, config))]
     seconds = time.perf_counter() - start
     means = {f"train/{name}": sum(stats[name] for stats in updates) / len(updates) for name in updates[0]}
     before_any_update = {f"train/{name}": value for name, value in updates[0].items() if name.startswith("logprob_gap")}
@@ -95,6 +93,11 @@ def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed:
 def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> dict[str, float]:
     """One optimizer update on the minibatch of all ranks, in as many micro-batches as this rank needs.
 
+    A rank without rows takes part in all collectives and adds nothing. Without rows on any rank nothing is done.
+
+    Returns:
+        The statistics of all ranks; none if nothing was done.
+
     Raises:
         FloatingPointError: if the gradient is not finite: the policy would be lost. (Half precision skips such updates
             by itself.)
@@ -102,15 +105,20 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
     num_tokens, num_sequences = sum_over_ranks(
         torch.stack([minibatch.response_mask.sum(), minibatch.response_lengths.new_tensor(len(minibatch))])
     ).tolist()
+    if not num_tokens:
+        return {}
     whole = Minibatch(num_tokens, num_sequences, config.sampling.max_tokens)
     stats: dict[str, torch.Tensor] = {}
     parts = microbatches(minibatch, config.algorithm.micro_batch_tokens, learner.policy.packs)
-    for rows in parts:
-        part = minibatch.select(rows)
+    passes: list[torch.Tensor | None] = [*parts] or [None]  # a rank without rows makes one pass for the others' sake
+    for rows in passes:
+        part = stand_in(minibatch.input_ids.device) if rows is None else minibatch.select(rows)
         # Gradients travel between ranks once, with the last part.
-        with nullcontext() if rows is parts[-1] else learner.accelerator.no_sync(learner.ddp):
+        with nullcontext() if rows is passes[-1] else learner.accelerator.no_sync(learner.ddp):
             output = learner.ddp(part, config.sampling.temperature, entropy=True)
             part_loss, part_stats = loss(part, output, config, whole)
+            if rows is None:
+                part_loss, part_stats = part_loss * 0.0, {name: value * 0.0 for name, value in part_stats.items()}
             learner.accelerator.backward(undo_ddp_mean(part_loss))
             beat()
         add_up(stats, part_stats | {"loss": part_loss.detach()})

@@ -1,42 +1,49 @@
-"""The loop that every algorithm shares: sync, generate, score, evaluate, update.
+"""The loop that every algorithm shares: sync, generate, score, look back, update.
 
 Trainer and rollout engine live in the same ranks: `torchrun --nproc_per_node=2 scripts/grpo.py configs/x.yaml`. To the
 trainer the ranks are data-parallel; to the engine they are tensor-parallel.
 """
 
-import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutBatch, RolloutEngine, Watch, World, init_world, merge_groups, watched
+from rollout import RolloutBatch, RolloutEngine, Watch, World, beat, init_world, merge_groups, watched
 from trainers.across_ranks import sum_over_ranks
-from trainers.batching import TrainBatch, make_batch
+from trainers.batching import TrainBatch, make_batch, no_rows
 from trainers.checkpoint import About, save
+from trainers.cli import dump
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
-from trainers.data import Example, PromptStream, load_prompts
-from trainers.evaluate import evaluate
+from trainers.data import Example, PromptStream
+from trainers.dynamic_sampling import Round, add_rounds, count_groups, join, round_seed, share_out
+from trainers.evaluation import evaluate, is_due, write_outcomes
 from trainers.export import export_policy
+from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
+from trainers.no_grad_pass import no_grad_pass
 from trainers.plots import plot_run
 from trainers.policy import Policy
 from trainers.resume import Start, agreed_start, restore, taken
-from trainers.rewards import check_answers, score
+from trainers.rewards import check_answers
+from trainers.run_folder import create_run_folder
+from trainers.scoring import Scorer, join_scores
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
+EVAL_TABLE_ROWS = 64  # of an evaluation, in wandb; the file has all
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Algorithm:
 
     Attributes:
         load: the policy to train, with or without a critic, on the CPU.
-        targets: the evaluated batch of this rank with its advantages and returns; may be a collective.
+        targets: this rank's batch, after `no_grad_pass`, with its advantages and returns; may be a collective.
         loss: of a micro-batch.
     """
 
@@ -68,10 +75,11 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     world = init_world()
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
-    stream = prompt_stream(config, tokenizer, world)
-    start = agreed_start(config, stream.examples, world)
-    with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
-        learn(config, algorithm, world, stream, tokenizer, start, watch)
+    stream, held_out = prompts(config, tokenizer, world)
+    with Scorer(config.reward, tokenizer, beat) as scorer:  # its workers start before there are threads and devices
+        start = agreed_start(config, stream.examples, world)
+        with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
+            learn(config, algorithm, world, stream, held_out, scorer, tokenizer, start, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
@@ -83,11 +91,13 @@ def learn(
     algorithm: Algorithm,
     world: World,
     stream: PromptStream,
+    held_out: Sequence[Example],
+    scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     start: Start,
     watch: Watch,
 ) -> None:
-    """All steps of the run that are left: generate, score, evaluate, update."""
+    """All steps of the run that are left: generate, score, update; and the evaluations between them."""
     folder, steps = start.folder, config.algorithm.steps
     if world.is_main and config.run.progress:
         compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
@@ -102,58 +112,125 @@ def learn(
             with dashboard.phase(name), watch.busy(f"in phase {name}"):
                 yield
 
+        def evaluation(step: int) -> dict[str, float]:
+            """Of the policy after `step` updates, where one is due."""
+            if not is_due(step, config.evaluation.every, config.algorithm.steps):
+                return {}
+            with watch.busy("evaluating"), engine.awake():
+                engine.sync_weights(learner.policy.language_model, version=step)
+                return evaluate_and_show(engine, held_out, scorer, tokenizer, config, step, dashboard)
+
         learner = make_learner(config, algorithm.load(config), world.device)
         restore(start, learner, stream, config.run.seed)
         for step in range(start.step, steps):
+            evaluated = evaluation(step)
             with timed_step(dashboard, step) as metrics:
-                examples = next(stream)
-                with engine.awake():
-                    with phase("sync"):
-                        metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
-                    with phase("generate"):
-                        prompts = [example.prompt_ids for example in examples]
-                        rollouts = engine.generate(prompts, config.sampling, seed=step)
-                        metrics |= rollout_metrics(engine)
-                with phase("reward"):
-                    scores = score(rollouts, [example.answer for example in examples], tokenizer, config.reward)
-                with phase("evaluate"):
-                    batch = make_batch(rollouts, scores, world.device)
-                    metrics |= reward_metrics(batch)
-                    batch = algorithm.targets(evaluated(batch, learner, config), config)
-                with phase("optimize"):
-                    metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
+                metrics |= evaluated
+                with phase("sync"):
+                    metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
+                rounds, found = generate_rounds(engine, stream, scorer, config, step, phase)
+                metrics |= found
+                with phase("no_grad"):
+                    batch, found = batch_of(rounds, config, world)
+                    metrics |= found
+                    trained = metrics.get("rollout/trained_groups", 1)  # the same on all ranks
+                    if trained:
+                        batch = algorithm.targets(with_old_figures(batch, learner, config), config)
+                if trained:
+                    with phase("optimize"):
+                        metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
-                write_samples(folder, step, examples, rollouts, scores.tolist(), tokenizer)
+                write_samples(folder, step, rounds[0], tokenizer)
             if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step
                 with phase("checkpoint"):
                     about = about_now(config, start, step + 1, stream, world, dashboard)
                     save(folder, about, learner, config.checkpoint.keep, config.run.private)
+        if evaluated := evaluation(steps):
+            dashboard.log(steps, evaluated)
         if world.is_main:
             save_policy(folder, learner.policy, tokenizer, config)
             plot_run(folder)
 
 
-def prompt_stream(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World) -> PromptStream:
-    """This rank's share of the prompts, every one of them checked against the engine's limits and the reward's."""
-    examples = load_prompts(config.data, tokenizer, config.max_prompt_tokens)
-    check_answers([example.answer for example in examples], config.reward)
+def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[PromptStream, list[Example]]:
+    """This rank's share of the prompts to train on, and all to evaluate on; each one checked against the engine's
+    limits and the reward's.
+    """
+    examples, held_out = load_data(config, tokenizer)
+    check_answers([example.answer for example in [*examples, *held_out]], config.reward)
     per_rank = config.algorithm.prompts_per_step // world.size
-    return PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
+    stream = PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
+    return stream, held_out
 
 
-def evaluated(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
+def evaluate_and_show(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Experiment,
+    step: int,
+    dashboard: Dashboard,
+) -> dict[str, float]:
+    """The eval/* metrics of the engine's weights, all ranks; rank 0 writes down what was said."""
+
+    def total(rollouts: RolloutBatch, of: Sequence[Example]) -> np.ndarray:
+        return scorer.score(rollouts, of).total
+
+    metrics, outcomes = evaluate(engine, examples, total, tokenizer, config.sampling, config.evaluation)
+    if engine.world.is_main:
+        write_outcomes(dashboard.folder, step, outcomes)
+        dashboard.log_table(step, "eval/samples", [asdict(outcome) for outcome in outcomes[:EVAL_TABLE_ROWS]])
+    return metrics
+
+
+def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
     """The batch with what policy, critic and reference say of it before the first update, as far as it is wanted."""
     hyper = config.algorithm
     budget = 2 * hyper.micro_batch_tokens  # no activations are kept
     with learner.accelerator.autocast():
-        return evaluate(
+        return no_grad_pass(
             batch, learner.policy, learner.reference, config.sampling.temperature, budget, hyper.needs_old_logprobs
         )
 
 
-def reward_metrics(batch: TrainBatch) -> dict[str, float]:
+def generate_rounds(
+    engine: RolloutEngine, stream: PromptStream, scorer: Scorer, config: Experiment, step: int, phase: Callable
+) -> tuple[list[Round], dict[str, float]]:
+    """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
+
+    Every rank makes as many rounds: how many groups were found is counted over all of them.
+
+    Returns:
+        This rank's rounds; and the rollout/* and reward/* metrics of all of them, all ranks.
+    """
+    hyper, n = config.algorithm, config.sampling.n
+    rounds: list[Round] = []
+    of_rounds: list[dict[str, float]] = []
+    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds, n) < hyper.prompts_per_step):
+        examples = next(stream)
+        with engine.awake(), phase("generate"):
+            prompt_ids = [example.prompt_ids for example in examples]
+            rollouts = engine.generate(prompt_ids, config.sampling, seed=round_seed(step, len(rounds)))
+            of_rounds.append(rollout_metrics(engine))
+        with phase("reward"):
+            rounds.append(Round(examples, rollouts, scorer.score(rollouts, examples)))
+    scores = join_scores([each.scores for each in rounds])
+    return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
+
+
+def batch_of(rounds: Sequence[Round], config: Experiment, world: World) -> tuple[TrainBatch, dict[str, float]]:
+    """What this rank trains on, and how much was found where groups are dropped: then a collective."""
+    if not config.algorithm.drops_equal_groups:
+        (only,) = rounds
+        return make_batch(only.rollouts, only.scores.total, world.device), {}
+    groups, metrics = share_out(rounds, config.sampling.n, config.algorithm.prompts_per_step)
+    return make_batch(*join(groups), world.device) if groups else no_rows(world.device), metrics
+
+
+def reward_metrics(totals: np.ndarray) -> dict[str, float]:
     """Mean and standard deviation of the responses' scores, all ranks."""
-    scores = batch.scores.double()
+    scores = torch.from_numpy(totals).double()
     count, total, squares = sum_over_ranks(
         torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
     ).tolist()
@@ -172,8 +249,16 @@ def about_now(
     config: Experiment, start: Start, step: int, stream: PromptStream, world: World, dashboard: Dashboard
 ) -> About:
     """What a checkpoint after `step` steps says of itself."""
-    settings, name = dataclasses.asdict(config), config.algorithm.section
+    settings, name = asdict(config), config.algorithm.section
     return About(step, stream.position, world.size, name, settings, start.origin, dashboard.wandb_id)
+
+
+def agreed_run_folder(config: Experiment, world: World, kind: str) -> Path:
+    """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one."""
+    folder = [create_run_folder(config.run, kind, dump(config)) if world.is_main else None]
+    dist.broadcast_object_list(folder, src=0)
+    assert folder[0] is not None
+    return folder[0]
 
 
 @contextmanager
@@ -188,18 +273,11 @@ def timed_step(dashboard: Dashboard, step: int) -> Iterator[dict[str, float]]:
     dashboard.log(step, metrics | memory_metrics())
 
 
-def write_samples(
-    folder: Path,
-    step: int,
-    examples: Sequence[Example],
-    rollouts: RolloutBatch,
-    scores: Sequence[float],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> None:
     """Append a few of this rank's responses, one JSON object a line, special tokens shown."""
     with (folder / SAMPLES_FILE).open("a") as file:
-        for rollout, reward in list(zip(rollouts, scores, strict=True))[:SAMPLES_A_STEP]:
-            example = examples[rollout.prompt_index]
+        for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
+            example = first.examples[rollout.prompt_index]
             sample = {
                 "step": step,
                 "prompt": example.text,

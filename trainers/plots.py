@@ -21,7 +21,7 @@ PHASE_COLOURS = {
     "phase/sync_s": PURPLE,
     "phase/generate_s": BLUE,
     "phase/reward_s": YELLOW,
-    "phase/evaluate_s": SKY,
+    "phase/no_grad_s": SKY,
     "phase/optimize_s": ORANGE,
 }
 SPARE_COLOURS = (GREEN, VERMILION)  # of phases with other names

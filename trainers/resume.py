@@ -33,14 +33,24 @@ from trainers.config import Experiment
 from trainers.dashboard import METRICS_FILE
 from trainers.data import Example, PromptStream
 from trainers.errors import ConfigError
+from trainers.evaluation import EVAL_SAMPLES_FILE
 from trainers.learner import Learner
 from trainers.run_folder import create_run_folder, environment
 
-ROWS_FILES = (METRICS_FILE, "samples.jsonl")
+ROWS_FILES = (METRICS_FILE, "samples.jsonl", EVAL_SAMPLES_FILE)
 """JSON lines with a "step" each, in order of steps."""
 
-FREE_KEYS = ("ALGORITHM.steps", "checkpoint.", "run.progress", "run.directory", "run.name", "run.private", "wandb.")
-"""May differ from the checkpoint's."""
+FREE_KEYS = (
+    "ALGORITHM.steps",
+    "checkpoint.",
+    "evaluation.",
+    "run.progress",
+    "run.directory",
+    "run.name",
+    "run.private",
+    "wandb.",
+)
+"""May differ from the checkpoint's. (What an evaluation holds out shows in the fingerprint of the prompts.)"""
 FREE_PATHS = ("model.path", "data.source", "ALGORITHM.critic")
 """May differ where what lies there is the same, by its fingerprint."""
 FREE_MEANS = (
@@ -56,6 +66,7 @@ FREE_MEANS = (
     "rollout.enable_prefix_caching",
     "rollout.stall_timeout_s",
     "rollout.shutdown_timeout_s",
+    "reward.workers",
     "ALGORITHM.micro_batch_tokens",
 )
 """May differ, as the number of ranks may: memory and speed; of the results, only the rounding."""

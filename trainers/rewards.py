@@ -1,4 +1,4 @@
-"""Rewards: 1 for a right response, 0 for a wrong one.
+"""The built-in rewards: 1 for a right response, 0 for a wrong one.
 
 Both compare the response's text with the answer's. exact_number is for tasks whose answer is one number (arithmetic,
 GSM8K); math_verify is for mathematics (MATH), where 1/2, 0.5 and \\frac{1}{2} are the same answer.
@@ -10,16 +10,10 @@ import re
 import threading
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from rollout import RolloutBatch
 from trainers.config import RewardConfig
 from trainers.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MATH_TIMEOUT_S = 5  # whole seconds (signal.alarm) of wall-clock time; MATH-500's own solutions take 3 ms on average
 
@@ -28,32 +22,6 @@ MATH_TIMEOUT_S = 5  # whole seconds (signal.alarm) of wall-clock time; MATH-500'
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w)\]}])[-\u2212])?(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
-
-
-def score(
-    rollouts: RolloutBatch, answers: Sequence[str], tokenizer: "PreTrainedTokenizerBase", config: RewardConfig
-) -> np.ndarray:
-    """Score each response of this rank.
-
-    Args:
-        rollouts: this rank's share.
-        answers: (prompts of this rank,), in the order in which the prompts were given to `generate`; the responses of
-            one prompt (sampling.n) share its answer.
-        tokenizer: decodes the responses; special tokens are left out.
-
-    Returns:
-        (batch,) float32, each 0 or 1, this rank.
-
-    Raises:
-        ConfigError: if config.name is "exact_number" and an answer is not a number.
-    """
-    reward = {"exact_number": exact_number, "math_verify": math_verify}[config.name]
-    texts = tokenizer.batch_decode([rollout.response_ids.tolist() for rollout in rollouts], skip_special_tokens=True)
-    scores = np.zeros(len(rollouts), np.float32)
-    for row, (text, prompt, finished) in enumerate(zip(texts, rollouts.prompt_index, rollouts.finished, strict=True)):
-        if finished or not config.require_finish:
-            scores[row] = reward(text, answers[prompt])
-    return scores
 
 
 def exact_number(response: str, answer: str) -> float:
@@ -87,12 +55,13 @@ def math_verify(response: str, answer: str) -> float:
     The final expression is the last \boxed{...}, else the last formula or number. Odd input gives 0, never an error.
 
     Its time limit (5 s for reading and for each comparison) rests on signal.alarm, which works in the main thread
-    only: it cancels an alarm of the caller's, and in any other thread there is no limit, so score in the main thread.
+    only: it cancels an alarm of the caller's, and in any other thread there is no limit, so score in the main thread,
+    of the rank or of a worker (reward.workers).
 
     >>> math_verify(r"so it is $\frac{1}{2}$", "0.5"), math_verify("2", "0.5"), math_verify("}{", "0.5")
     (1.0, 0.0, 0.0)
     """
-    _load_math_verify()
+    load_math_verify()
     try:
         return float(_agree(_parse_answer(answer), _parse(response, _math_timeout_s()), _math_timeout_s()))
     except Exception:  # none is known to come through the library, but a response must not end a run
@@ -103,7 +72,7 @@ def check_answers(answers: Sequence[str], config: RewardConfig) -> None:
     """Refuse answers that the reward cannot compare with, before a run scores 0 for them for ever.
 
     Raises:
-        ConfigError: if config.name is "exact_number" and an answer is not one number.
+        ConfigError: if exact_number is one of the rewards and an answer is not one number.
 
     >>> check_answers(["7", "x^2"], RewardConfig("exact_number"))
     Traceback (most recent call last):
@@ -111,7 +80,7 @@ def check_answers(answers: Sequence[str], config: RewardConfig) -> None:
     trainers.errors.ConfigError: reward.name is exact_number, but 1 of 2 answers are not numbers, first that of row 1: \
 'x^2'; set reward.name=math_verify
     """
-    if config.name != "exact_number":
+    if "exact_number" not in config.paths:
         return
     odd = [row for row, answer in enumerate(answers) if _as_number(answer) is None]
     if odd:
@@ -136,7 +105,7 @@ def _math_timeout_s() -> int | None:
 
 
 @functools.cache
-def _load_math_verify() -> None:
+def load_math_verify() -> None:
     """Compare once without a limit: sympy imports itself piece by piece, 2 s on a busy machine, and a right response
     must not lose its reward to that.
     """

@@ -18,9 +18,9 @@ import trainers.ppo
 from rollout import RolloutBatch, SamplingConfig
 from trainers.batching import TrainBatch, make_batch
 from trainers.config import GRPOConfig, OptimizerConfig, PPOConfig
-from trainers.evaluate import evaluate
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 from trainers.learner import Learner, update
+from trainers.no_grad_pass import no_grad_pass
 from trainers.packing import microbatches
 from trainers.policy import Policy
 
@@ -127,10 +127,10 @@ def disagreement() -> torch.Tensor:
     return 0.15 * torch.randn(8, MAX_TOKENS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def evaluated_batch(case: str, policy: Policy, rows: slice, device: torch.device) -> TrainBatch:
+def passed_batch(case: str, policy: Policy, rows: slice, device: torch.device) -> TrainBatch:
     hyper = HYPERPARAMETERS[case]
     batch = make_batch(rollouts(rows), SCORES[rows], device)
-    all_of_it = evaluate(batch, policy, tiny_llama(seed=1), TEMPERATURE, hyper.micro_batch_tokens)
+    all_of_it = no_grad_pass(batch, policy, tiny_llama(seed=1), TEMPERATURE, hyper.micro_batch_tokens)
     noise = disagreement()[rows, : batch.response_mask.shape[1]]
     engine_logprobs = torch.where(batch.response_mask, all_of_it.logprobs + noise, 0.0)
     wanted = replace(all_of_it, engine_logprobs=engine_logprobs)
@@ -142,7 +142,7 @@ def one_update(case: str, accelerator: Accelerator) -> dict:
     share = len(SCORES) // accelerator.num_processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     config, policy = experiment(case), old_policy(case)
-    batch = evaluated_batch(case, policy, rows, accelerator.device)
+    batch = passed_batch(case, policy, rows, accelerator.device)
     algorithm = trainers.ppo if case.startswith("ppo") else trainers.grpo
     batch = algorithm.targets(batch, config)
     move(policy)

@@ -466,7 +466,7 @@ def test_a_dry_run_prints_the_resolved_config_and_trains_nothing(tmp_path, capsy
     run_cli(PPOConfig, must_not_run, argv)
     out, err = capsys.readouterr()
     assert parse(PPOConfig, [write(tmp_path, out)])[0] == parse(PPOConfig, argv)[0]
-    assert "100 prompts of at most " in err
+    assert "100 prompts to train on and 0 to evaluate on, of at most " in err
 
 
 def test_a_dry_run_reads_the_data(tmp_path, capsys):

@@ -130,6 +130,17 @@ def test_without_a_terminal_each_step_is_one_plain_line_and_the_end_a_summary(tm
     ]
 
 
+def test_what_is_measured_after_the_last_step_is_no_step(tmp_path, capsys):
+    with Dashboard(tmp_path, WandbConfig(mode="disabled"), RunConfig(), 2, True) as dashboard:
+        dashboard.log(0, {"reward/mean": 0.5, "eval/accuracy": 0.125})
+        dashboard.log(1, {"reward/mean": 0.5})
+        dashboard.log(2, {"eval/accuracy": 0.75})
+        dashboard.log_table(2, "eval/samples", [{"prompt": "3+4?"}])  # nothing, without wandb
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "in the end: accuracy 0.750"
+    assert "2 of 2" in out and "0.125 -> 0.750" in out
+
+
 def test_progress_false_prints_no_steps(tmp_path, capsys):
     with quiet_dashboard(tmp_path) as dashboard:
         dashboard.log(0, {"reward/mean": 0.5})

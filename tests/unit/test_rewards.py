@@ -7,17 +7,14 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout import RolloutBatch
-from tests.tiny_tokenizer import tiny_tokenizer
 from trainers import rewards
 from trainers.config import RewardConfig
 from trainers.errors import ConfigError
-from trainers.rewards import check_answers, exact_number, math_verify, score
+from trainers.rewards import check_answers, exact_number, math_verify
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -159,44 +156,3 @@ def test_math_verify_works_in_a_thread_without_a_time_limit():
     thread.start()
     thread.join(30)
     assert scores == [1.0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def rollouts(tokenizer, texts: list[str], finished: list[bool], prompt_index: list[int]) -> RolloutBatch:
-    responses = [tokenizer.encode(text) for text in texts]
-    return RolloutBatch(
-        prompt_ids=np.zeros(len(texts), np.int32),
-        prompt_lengths=np.ones(len(texts), np.int32),
-        response_ids=np.array([token for response in responses for token in response], np.int32),
-        response_lengths=np.array([len(response) for response in responses], np.int32),
-        logprobs=np.zeros(sum(map(len, responses)), np.float32),
-        finished=np.array(finished),
-        prompt_index=np.array(prompt_index, np.int32),
-        version=0,
-    )
-
-
-@pytest.mark.parametrize("name", ["exact_number", "math_verify"])
-@pytest.mark.parametrize(("require_finish", "expected"), [(True, [1, 0, 1, 0]), (False, [1, 0, 1, 1])])
-def test_each_response_is_scored_by_the_answer_of_its_prompt(tokenizer, name, require_finish, expected):
-    # Two prompts with answers 7 and 9, two samples each; the last response is right but was cut.
-    batch = rollouts(
-        tokenizer,
-        ["is 7<|im_end|>", "is 9<|im_end|>", "is 9<|im_end|>", "is 9"],
-        finished=[True, True, True, False],
-        prompt_index=[0, 0, 1, 1],
-    )
-    scores = score(batch, ["7", "9"], tokenizer, RewardConfig(name, require_finish))
-    assert scores.tolist() == expected
-    assert scores.dtype == np.float32 and scores.shape == (4,)
-
-
-def test_special_tokens_are_not_part_of_the_response(tokenizer):
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end 5|>"]})
-    batch = rollouts(tokenizer, ["is 7<|end 5|>"], [True], [0])
-    assert batch[0].response_ids.size == 5
-    assert score(batch, ["7"], tokenizer, RewardConfig()).tolist() == [1.0]

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rollout import RolloutBatch
 from trainers.batching import TrainBatch, make_batch, unpack
-from trainers.evaluate import evaluate
+from trainers.no_grad_pass import no_grad_pass
 from trainers.policy import Policy
 
 PROMPTS, RESPONSES = [3, 1, 5, 2, 4], [4, 6, 1, 9, 2]
@@ -52,29 +52,29 @@ def batch() -> TrainBatch:
 @pytest.mark.parametrize("token_budget", [1, 20, 1000])  # 5, several, and 1 micro-batch
 def test_rows_keep_their_order_in_any_micro_batches(policy: Policy, batch: TrainBatch, token_budget: int):
     reference = tiny_llama(1)
-    evaluated = evaluate(batch, policy, reference, temperature=0.7, token_budget=token_budget)
+    passed = no_grad_pass(batch, policy, reference, temperature=0.7, token_budget=token_budget)
     for row in range(len(batch)):
         alone = batch.select(torch.tensor([row]))
         output, length = policy(alone, 0.7), RESPONSES[row]
         for ours, expected in (
-            (evaluated.logprobs, output.logprobs),
-            (evaluated.values, output.values),
-            (evaluated.ref_logprobs, Policy(reference)(alone, 0.7).logprobs),
+            (passed.logprobs, output.logprobs),
+            (passed.values, output.values),
+            (passed.ref_logprobs, Policy(reference)(alone, 0.7).logprobs),
         ):
             torch.testing.assert_close(ours[row, :length], expected, rtol=1e-6, atol=1e-6)
             assert ours.shape == batch.response_mask.shape and not ours[row, length:].any()
-    assert (evaluated.logprobs - evaluated.ref_logprobs)[batch.response_mask].abs().min() > 1e-6
+    assert (passed.logprobs - passed.ref_logprobs)[batch.response_mask].abs().min() > 1e-6
 
 
 def test_without_a_reference_there_are_no_reference_log_probs(policy: Policy, batch: TrainBatch):
-    evaluated = evaluate(batch, policy, None, temperature=1.0, token_budget=1000)
-    assert evaluated.ref_logprobs is None and batch.logprobs is None  # and the batch given stays as it was
+    passed = no_grad_pass(batch, policy, None, temperature=1.0, token_budget=1000)
+    assert passed.ref_logprobs is None and batch.logprobs is None  # and the batch given stays as it was
 
 
 def test_nothing_requires_grad_and_the_loss_can_still_save_it(policy: Policy, batch: TrainBatch):
     """Tensors of torch.inference_mode could not be saved for the update's backward pass."""
-    evaluated = evaluate(batch, policy, None, temperature=1.0, token_budget=20)
-    assert not evaluated.logprobs.requires_grad and not evaluated.values.requires_grad
+    passed = no_grad_pass(batch, policy, None, temperature=1.0, token_budget=20)
+    assert not passed.logprobs.requires_grad and not passed.values.requires_grad
     output = policy(batch)
-    (unpack(output.logprobs, batch.response_mask) * evaluated.logprobs).sum().backward()
+    (unpack(output.logprobs, batch.response_mask) * passed.logprobs).sum().backward()
     assert policy.language_model.lm_head.weight.grad.any()

@@ -12,7 +12,7 @@ from trainers.policy import Policy, reference_logprobs
 
 
 @torch.no_grad()
-def evaluate(
+def no_grad_pass(
     batch: TrainBatch,
     policy: Policy,
     reference: PreTrainedModel | None,

@@ -1,0 +1,59 @@
+"""The evaluation of one model, as a job of its own: `scripts/evaluate.py`."""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from rollout import RolloutEngine, beat, init_world, watched
+from trainers.config import EvaluateConfig
+from trainers.dashboard import Dashboard
+from trainers.held_out import load_evaluation_prompts
+from trainers.loop import agreed_run_folder, evaluate_and_show
+from trainers.rewards import check_answers
+from trainers.scoring import Scorer
+
+
+def run_evaluation(config: EvaluateConfig) -> Path:
+    """Evaluate model.path once; called by every rank.
+
+    Returns:
+        The evaluation's folder: config, environment, metrics (one line), eval_samples.jsonl.
+
+    Raises:
+        ConfigError: if the data or a setting is at fault; found before the model is loaded.
+    """
+    disable_progress_bar()
+    world = init_world()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
+    examples = load_evaluation_prompts(config, tokenizer)
+    check_answers([example.answer for example in examples], config.reward)
+    with Scorer(config.reward, tokenizer, beat) as scorer:
+        folder = agreed_run_folder(config, world, "eval")
+        if world.is_main and config.run.progress:
+            print(f"{folder}: {config.model.path} on {len(examples)} prompts of {origin(config)}", file=sys.stderr)
+        with (
+            watched(folder, config.rollout.stall_timeout_s) as watch,
+            RolloutEngine(config.model.path, config.rollout) as engine,
+            Dashboard(folder, config.wandb, config.run, 0, world.is_main) as dashboard,
+            watch.busy("evaluating"),
+        ):
+            dashboard.log(0, evaluate_and_show(engine, examples, scorer, tokenizer, config, 0, dashboard))
+    dist.barrier()
+    dist.destroy_process_group()
+    return folder
+
+
+def origin(config: EvaluateConfig) -> str:
+    """Where the prompts come from, in words.
+
+    >>> origin(EvaluateConfig())
+    'arithmetic, all of it: a run of this config trains on them'
+    """
+    evaluation = config.evaluation
+    source = evaluation.source or config.data.source
+    if evaluation.held_out:
+        return f"{source}, the share of {evaluation.held_out} that is held out"
+    return source if evaluation.has_own_data else f"{source}, all of it: a run of this config trains on them"

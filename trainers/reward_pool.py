@@ -1,0 +1,167 @@
+"""Processes that score responses: bounded in time, replaced when they hang or die, gone when their rank is gone.
+
+Spawned, not forked: a fork would take over the engine's threads' locks and CUDA's state, and could use neither.
+"""
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from trainers.errors import ConfigError
+from trainers.reward_functions import Failed, Task
+from trainers.reward_worker import serve
+
+START_TIMEOUT_S = 120.0  # to import what the functions need, on a busy machine
+END_TIMEOUT_S = 2.0
+
+
+@dataclass
+class Worker:
+    """One process and what it is doing.
+
+    Attributes:
+        ready: False until it has loaded the functions.
+        task: the number of the one that it works on, if any.
+        deadline: when it has to be ready, or done, on time.monotonic's clock.
+    """
+
+    process: BaseProcess
+    connection: Connection
+    deadline: float
+    ready: bool = False
+    task: int | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return not self.ready or self.task is not None
+
+
+class RewardPool:
+    """Worker processes of this rank.
+
+    Start it from a thread that lives as long as the pool: Linux ends the workers with the thread that started them.
+
+    Args:
+        paths: of the functions; each worker loads them for itself.
+        workers: how many processes.
+        timeout_s: of one response.
+        beat: called as responses are done, as a sign of life.
+
+    Raises:
+        ConfigError: if the functions cannot be loaded.
+        RuntimeError: if a worker ends, or says nothing for START_TIMEOUT_S, while it starts.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], workers: int, timeout_s: float, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self._paths = list(paths)
+        self._timeout_s = timeout_s
+        self._beat = beat
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[Worker] = []
+        try:
+            self._workers = [self._start() for _ in range(workers)]
+            while not all(worker.ready for worker in self._workers):
+                self._look([])
+        except BaseException:
+            self.close()
+            raise
+
+    def judge(self, tasks: Sequence[Task]) -> list[list[float] | Failed]:
+        """A verdict for each task, in the order of the tasks, whichever worker was done first.
+
+        Each takes at most timeout_s. A worker that takes longer, or ends, is replaced, and its task has failed.
+        """
+        verdicts: list[list[float] | Failed | None] = [None] * len(tasks)
+        waiting = deque(range(len(tasks)))
+        while waiting or any(worker.task is not None for worker in self._workers):
+            for place, worker in enumerate(self._workers):
+                if waiting and not worker.is_busy:
+                    if self._give(worker, waiting[0], tasks):
+                        waiting.popleft()
+                    else:
+                        self._replace(place)
+            self._look(verdicts)
+        assert all(verdict is not None for verdict in verdicts)
+        return verdicts  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """End all workers; a second call does nothing."""
+        for worker in self._workers:
+            worker.connection.close()
+        give_up = time.monotonic() + END_TIMEOUT_S
+        for worker in self._workers:
+            worker.process.join(max(0.0, give_up - time.monotonic()))
+            _kill(worker)
+        self._workers = []
+
+    def _start(self) -> Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=serve, args=(self._paths, os.getpid(), theirs), name="reward-worker", daemon=True
+        )
+        process.start()
+        theirs.close()  # so that its end is heard
+        return Worker(process, ours, time.monotonic() + START_TIMEOUT_S)
+
+    def _give(self, worker: Worker, number: int, tasks: Sequence[Task]) -> bool:
+        """False if the worker ended while it had nothing to do (the kernel's memory killer, say)."""
+        try:
+            worker.connection.send(tasks[number])
+        except OSError:
+            return False
+        worker.task, worker.deadline = number, time.monotonic() + self._timeout_s
+        return True
+
+    def _look(self, verdicts: list[list[float] | Failed | None]) -> None:
+        """Wait for the next answer or the next deadline, and take in what came."""
+        busy = [worker for worker in self._workers if worker.is_busy]
+        if not busy:
+            return
+        remaining = min(worker.deadline for worker in busy) - time.monotonic()
+        spoken = wait([worker.connection for worker in busy], max(0.0, remaining))
+        for place, worker in enumerate(self._workers):
+            if worker.connection in spoken:
+                self._take(place, verdicts)
+            elif worker.is_busy and time.monotonic() > worker.deadline:
+                limit = START_TIMEOUT_S if worker.task is None else self._timeout_s
+                self._fail(place, f"took longer than {limit} s", verdicts)
+        self._beat()
+
+    def _take(self, place: int, verdicts: list[list[float] | Failed | None]) -> None:
+        worker = self._workers[place]
+        try:
+            answer = worker.connection.recv()
+        except (EOFError, OSError):
+            worker.process.join(END_TIMEOUT_S)
+            self._fail(place, f"ended with exit code {worker.process.exitcode}", verdicts)
+            return
+        if worker.task is not None:
+            verdicts[worker.task], worker.task = answer, None
+        elif answer is not None:
+            raise ConfigError(answer)
+        worker.ready = True
+
+    def _fail(self, place: int, what: str, verdicts: list[list[float] | Failed | None]) -> None:
+        worker = self._workers[place]
+        if worker.task is None:
+            raise RuntimeError(f"a reward worker {what} before it had loaded {', '.join(self._paths)}")
+        verdicts[worker.task] = Failed(" or ".join(self._paths), f"the worker {what}")
+        self._replace(place)
+
+    def _replace(self, place: int) -> None:
+        _kill(self._workers[place])
+        self._workers[place].connection.close()
+        self._workers[place] = self._start()
+
+
+def _kill(worker: Worker) -> None:
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join()
