@@ -62,6 +62,7 @@ class About:
         origin: by config key, a fingerprint of what the run began with (`trainers.resume.origin_of`).
         wandb_id: of the run on wandb; None without.
         scaler: of fp16's loss scaling; None without.
+        updated: False if the optimizer has made no update yet, and has no state.
         files: of the tensors, with their sizes in bytes.
     """
 
@@ -73,6 +74,7 @@ class About:
     origin: dict[str, str]
     wandb_id: str | None = None
     scaler: dict[str, Any] | None = None
+    updated: bool = True
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -80,7 +82,7 @@ def save(run_folder: Path, about: About, learner: Learner, keep: int, private: b
     """Write a checkpoint of this moment, then remove the oldest; all ranks call it together.
 
     Args:
-        about: as rank 0 has it; the other ranks' is not looked at. `files` and `scaler` are filled in here.
+        about: as rank 0 has it; the other ranks' is not looked at. `files`, `scaler` and `updated` are filled in here.
         keep: whole checkpoints to have afterwards, this one included.
         private: True gives the folder mode 0700, else the umask decides.
 
@@ -99,7 +101,12 @@ def save(run_folder: Path, about: About, learner: Learner, keep: int, private: b
         on_main(lambda: _make_part(part, private))
         files = write_tensors(part / TENSORS, learner)
         scaler = learner.accelerator.scaler
-        whole = replace(about, files=files, scaler=scaler.state_dict() if scaler is not None else None)
+        whole = replace(
+            about,
+            files=files,
+            scaler=scaler.state_dict() if scaler is not None else None,
+            updated=_has_state(learner.optimizer),
+        )
         on_main(lambda: _finish(part, final, whole, {str(rank): state for rank, state in enumerate(randoms)}))
         on_main(lambda: _keep_newest(run_folder, keep))
     except (CheckpointException, OSError, RuntimeError) as error:
@@ -124,7 +131,7 @@ def load(folder: Path, about: About, learner: Learner, seed: int) -> None:
         ConfigError: if a file is damaged, or the tensors are of another model.
     """
     randoms = _read_json(folder / RANDOM_FILE)
-    tensors, put_back = _state(learner.policy, _plain(learner.optimizer))
+    tensors, put_back = _state(learner.policy, _plain(learner.optimizer), about.updated)
     read_tensors(folder, tensors)
     put_back()
     rank = str(dist.get_rank())
@@ -145,7 +152,7 @@ def write_tensors(folder: Path, learner: Learner) -> dict[str, int]:
     Raises:
         CheckpointException, RuntimeError: if a rank could not write, or wrote where rank 0 does not see it.
     """
-    tensors, _ = _state(learner.policy, _plain(learner.optimizer))
+    tensors, _ = _state(learner.policy, _plain(learner.optimizer), _has_state(learner.optimizer))
     writer = dcp.HuggingFaceStorageWriter(str(folder), _file_of(tensors), save_distributed=True)
     dcp.save(tensors, storage_writer=writer)
     ours = f"shard-{dist.get_rank() + 1:05d}-"
@@ -266,24 +273,32 @@ def write_synced(file: Path, content: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def _state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+def _state(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, updated: bool
+) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
     """All tensors of both by name, to be written, or filled in place; and what takes them over after that.
 
     A weight that two names share (a tied head) comes once. The optimizer's numbers that are no tensors (rates, betas)
-    are the config's, and stay.
+    are the config's, and stay. One that has made no update is left alone: asked for a state, torch would make one, and
+    count an update.
     """
     of_model: dict[str, Any] = get_model_state_dict(policy, options=FLAT)
-    of_optimizer: dict[str, Any] = get_optimizer_state_dict(policy, optimizer, options=FLAT)
+    of_optimizer: dict[str, Any] = get_optimizer_state_dict(policy, optimizer, options=FLAT) if updated else {}
     names = {name for name, _ in policy.named_parameters()} | {name for name, _ in policy.named_buffers()}
     tensors = {f"policy.{name}": tensor for name, tensor in of_model.items() if name in names}
     tensors |= {f"optimizer.{name}": value for name, value in of_optimizer.items() if isinstance(value, torch.Tensor)}
 
     def put_back() -> None:
         set_model_state_dict(policy, of_model, options=FLAT)
-        taken = {name: tensors.get(f"optimizer.{name}", value) for name, value in of_optimizer.items()}
-        set_optimizer_state_dict(policy, optimizer, taken, options=FLAT)
+        if updated:
+            taken = {name: tensors.get(f"optimizer.{name}", value) for name, value in of_optimizer.items()}
+            set_optimizer_state_dict(policy, optimizer, taken, options=FLAT)
 
     return tensors, put_back
+
+
+def _has_state(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(_plain(optimizer).state)
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -366,5 +381,6 @@ _TYPES: dict[str, Any] = {
     "origin": dict,
     "wandb_id": str | None,
     "scaler": dict | None,
+    "updated": bool,
     "files": dict,
 }

@@ -44,14 +44,14 @@ ROWS_FILES = (METRICS_FILE, SAMPLES_FILE, EVAL_SAMPLES_FILE)
 FREE_KEYS = (
     "ALGORITHM.steps",
     "checkpoint.",
+    "evaluation.",
     "run.progress",
     "run.directory",
     "run.name",
     "run.private",
     "wandb.",
-    "evaluation.",
 )
-"""May differ from the checkpoint's."""
+"""May differ from the checkpoint's. (What an evaluation holds out shows in the fingerprint of the prompts.)"""
 FREE_PATHS = ("model.path", "data.source", "ALGORITHM.critic")
 """May differ where what lies there is the same, by its fingerprint."""
 FREE_MEANS = (

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trainers.cli import run_cli
 from trainers.config import Experiment, GRPOConfig, PPOConfig
 from trainers.grpo import train_grpo
 from trainers.ppo import train_ppo
+from trainers.scoring import Scorer, Scores
 
 SCRIPTS: dict[str, tuple[type[Experiment], Callable[[Any], Path]]] = {
     "ppo": (PPOConfig, train_ppo),
@@ -34,13 +36,13 @@ SCRIPTS: dict[str, tuple[type[Experiment], Callable[[Any], Path]]] = {
 }
 
 
-def noisy(score: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def noisy(score: Callable[..., Scores]) -> Callable[..., Scores]:
     """The task's score, and a number of each generator: so that a lost one shows in the metrics."""
 
-    def scored(*args: Any) -> np.ndarray:
+    def scored(*args: Any) -> Scores:
         scores = score(*args)
-        noise = torch.rand(scores.shape).numpy() + random.random() + np.random.rand()
-        return scores + noise.astype(scores.dtype)
+        noise = torch.rand(scores.total.shape).numpy() + random.random() + np.random.rand()
+        return replace(scores, total=scores.total + noise.astype(scores.total.dtype))
 
     return scored
 
@@ -110,7 +112,7 @@ BREAKS: dict[str, Callable[[], None]] = {
 def main() -> None:
     algorithm, rows, seconds, broken = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     config_class, train = SCRIPTS[algorithm]
-    trainers.loop.score = noisy(trainers.loop.score)
+    Scorer.score = noisy(Scorer.score)
 
     def run(config: Any) -> None:
         BREAKS[broken]()

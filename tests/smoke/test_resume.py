@@ -16,6 +16,7 @@ WORKER = Path(resume_worker.__file__)
 STEPS = 4
 SMOKE = ["rollout.max_model_len=64", "rollout.max_num_seqs=8", "rollout.kv_cache_gib=0.25", "sampling.max_tokens=8"]
 SMOKE += ["rollout.enforce_eager=true", "run.progress=false", "optimizer.learning_rate=1e-3"]
+SMOKE += ["evaluation.every=3", "evaluation.held_out=0.2", "evaluation.prompts=4", "evaluation.n=2"]
 OF = {
     "ppo": [*SMOKE, "ppo.prompts_per_step=8", "ppo.kl_coef=0.01", f"ppo.steps={STEPS}", "optimizer.warmup_steps=3"],
     "grpo": [*SMOKE, "grpo.prompts_per_step=4", "sampling.n=2", "grpo.kl_coef=0.01", f"grpo.steps={STEPS}"],
@@ -92,8 +93,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.left_running == []
     assert settled(rows_of(folder)) == settled(rows_of(uninterrupted))
-    assert rows_of(folder, "samples.jsonl") == rows_of(uninterrupted, "samples.jsonl")
-    assert [row["sync/version"] for row in rows_of(folder)] == list(range(STEPS))
+    for name in ("samples.jsonl", "eval_samples.jsonl"):
+        assert rows_of(folder, name) == rows_of(uninterrupted, name)
+    assert [row["sync/version"] for row in rows_of(folder)[:-1]] == list(range(STEPS))
+    assert [row["step"] for row in rows_of(folder) if "eval/accuracy" in row] == [0, 3, STEPS]
     assert sorted(os.listdir(folder / "checkpoints")) == ["step-000003", "step-000004"]
     weights = "policy/model.safetensors"
     assert (folder / weights).read_bytes() == (uninterrupted / weights).read_bytes()
@@ -120,7 +123,7 @@ def test_one_rank_goes_on_as_two_and_back(
         done = run(tiny_model_path, folder.parent, *words, nproc=nproc)
         assert done.returncode == 0, done.stderr[-4000:]
         assert [(row["step"], row["prompt"]) for row in rows_of(folder, "samples.jsonl")] == prompts[: steps * 4]
-    assert [row["step"] for row in rows_of(folder)] == list(range(STEPS))
+    assert [row["step"] for row in rows_of(folder)] == list(range(STEPS + 1))  # the last one is an evaluation
     again = json.loads((folder / "checkpoints" / "step-000004" / "checkpoint.json").read_text())
     assert (again["position"], again["world_size"]) == (STEPS * 8, 2)
 

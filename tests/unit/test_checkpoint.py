@@ -131,6 +131,16 @@ def test_saving_changes_nothing(tmp_path):
     assert same(one, other)
 
 
+def test_an_optimizer_without_an_update_stays_so(tmp_path):
+    """As after steps that found nothing to train on: a state made for the checkpoint would count as an update."""
+    ours, theirs = learner(1), learner(2)
+    folder = saved(tmp_path, 1, ours)
+    load(folder, read_about(folder), theirs, seed=0)
+    assert not ours.optimizer.state and not theirs.optimizer.state
+    update(ours), update(theirs)
+    assert same(ours, theirs)
+
+
 def test_the_scaler_of_fp16_comes_back(tmp_path):
     ours = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
     ours.scale(torch.ones(1))
