@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 PROMPTS = ([1, 504, 2365, 282, 4649, 314], [1, 1780, 314, 260, 1552, 354, 253, 2232, 284, 28], [1, 657, 5948, 30])
-SAMPLES = 2048
+SAMPLES = 768
 TEMPERATURE = 0.8
 
 
