@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # scripts/ is no installed package
@@ -57,7 +58,8 @@ def turn_advantages() -> None:
     """What was good is bad."""
     from trainers import grpo, ppo
 
-    for module in (grpo, ppo):
+    modules: list[Any] = [grpo, ppo]
+    for module in modules:
         with_targets = module.targets
 
         def turned(batch, config, with_targets=with_targets):
