@@ -101,27 +101,17 @@ class TrainBatch:
                 chosen[name] = value[:, : sequence if name == "input_ids" else response]
         return TrainBatch(**chosen)
 
-    def minibatches(
-        self, num_minibatches: int, epochs: int, seed: int, may_be_empty: bool = False
-    ) -> Iterator["TrainBatch"]:
+    def minibatches(self, num_minibatches: int, epochs: int, seed: int) -> Iterator["TrainBatch"]:
         """Every row once an epoch, in a new order each epoch, in parts whose sizes differ by one row at most.
 
-        Every rank yields num_minibatches * epochs minibatches, so that their optimizer updates stay together.
+        Every rank yields num_minibatches * epochs minibatches, so that their optimizer updates stay together; one with
+        fewer rows than that yields some without rows.
 
         Args:
             num_minibatches: parts an epoch.
             epochs: passes over the batch.
             seed: of the orders; give each step its own.
-            may_be_empty: True yields minibatches without rows where this rank has fewer rows than minibatches.
-
-        Raises:
-            ValueError: if it has fewer, and they may not.
         """
-        if len(self) < num_minibatches and not may_be_empty:
-            raise ValueError(
-                f"minibatches is {num_minibatches} but this rank has {len(self)} responses; give every rank at "
-                "least as many by a larger prompts_per_step or sampling.n, or lower minibatches"
-            )
         generator = torch.Generator().manual_seed(seed)  # its own: the trainer's random state stays as it is
         for _ in range(epochs):
             order = torch.randperm(len(self), generator=generator)

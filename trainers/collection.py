@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rollout import RolloutEngine, World, merge_groups
 from trainers.across_ranks import sum_over_ranks
+from trainers.balance import gather, groups_of, join, share_evenly
 from trainers.batching import TrainBatch, make_batch, no_rows
 from trainers.config import Experiment
 from trainers.data import PromptStream
-from trainers.dynamic_sampling import Round, add_rounds, count_groups, join, round_seed, share_out
+from trainers.dynamic_sampling import Round, add_rounds, count_groups, kept_groups, round_seed
 from trainers.scoring import Scorer, join_scores
 
 SAMPLES_FILE = "samples.jsonl"
@@ -31,10 +32,10 @@ def generate_rounds(
     Returns:
         This rank's rounds; and the rollout/* and reward/* metrics of all of them, all ranks.
     """
-    hyper, n = config.algorithm, config.sampling.n
+    hyper = config.algorithm
     rounds: list[Round] = []
     of_rounds: list[dict[str, float]] = []
-    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds, n) < hyper.prompts_per_step):
+    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
         examples = next(stream)
         with engine.awake(), phase("generate"):
             prompt_ids = [example.prompt_ids for example in examples]
@@ -47,12 +48,21 @@ def generate_rounds(
 
 
 def batch_of(rounds: Sequence[Round], config: Experiment, world: World) -> tuple[TrainBatch, dict[str, float]]:
-    """What this rank trains on, and how much was found where groups are dropped: then a collective."""
-    if not config.algorithm.drops_equal_groups:
+    """What this rank trains on: its part of what all ranks have generated; a collective.
+
+    Returns:
+        The batch; and how even the parts are, and how much was found where groups are dropped.
+    """
+    hyper = config.algorithm
+    metrics: dict[str, float] = {}
+    if hyper.drops_equal_groups:
+        groups, metrics = kept_groups(rounds, hyper.prompts_per_step)
+    else:
         (only,) = rounds
-        return make_batch(only.rollouts, only.scores.total, world.device), {}
-    groups, metrics = share_out(rounds, config.sampling.n, config.algorithm.prompts_per_step)
-    return make_batch(*join(groups), world.device) if groups else no_rows(world.device), metrics
+        groups = gather(groups_of(only.rollouts, only.scores.total))
+    ours, imbalance = share_evenly(groups)
+    batch = make_batch(*join(ours), world.device) if ours else no_rows(world.device)
+    return batch, metrics | {"train/imbalance": imbalance}
 
 
 def reward_metrics(totals: np.ndarray) -> dict[str, float]:

@@ -1,19 +1,17 @@
 """Dynamic sampling (DAPO, arXiv:2503.14476, sec. 3.2): prompts whose responses all score alike teach nothing.
 
-They are dropped, other prompts are answered in their place, and what is left is shared out anew, so that each rank
-trains on as many prompts as the others, give or take one.
+They are dropped, and other prompts are answered in their place.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from rollout import Rollout, RolloutBatch
+from rollout import RolloutBatch
 from trainers.across_ranks import sum_over_ranks
+from trainers.balance import Group, gather, groups_of
 from trainers.data import Example
 from trainers.scoring import Scores
 
@@ -30,14 +28,6 @@ class Round:
     scores: Scores
 
 
-@dataclass(frozen=True)
-class Group:
-    """The responses to one prompt, and their scores."""
-
-    rollouts: list[Rollout]
-    scores: np.ndarray
-
-
 def round_seed(step: int, number: int) -> int:
     """Of the engine's streams in a step's round; the first one's is the step.
 
@@ -47,63 +37,38 @@ def round_seed(step: int, number: int) -> int:
     return step + ROUND_SEEDS * number
 
 
-def groups_with_signal(rollouts: RolloutBatch, scores: np.ndarray, n: int) -> list[Group]:
+def groups_with_signal(rollouts: RolloutBatch, scores: np.ndarray) -> list[Group]:
     """This rank's prompts whose responses do not all score alike.
 
     Args:
-        rollouts: of this rank; the n responses of a prompt stand together.
+        rollouts: of this rank.
         scores: (batch,) float.
     """
-    of_prompts = scores.reshape(-1, n)
-    different = of_prompts.max(axis=1, initial=-np.inf) > of_prompts.min(axis=1, initial=np.inf)
-    return [
-        Group([rollouts[row] for row in range(prompt * n, (prompt + 1) * n)], of_prompts[prompt])
-        for prompt in np.flatnonzero(different)
-    ]
+    return [group for group in groups_of(rollouts, scores) if group.scores.max() > group.scores.min()]
 
 
-def count_groups(rounds: Sequence[Round], n: int) -> int:
+def count_groups(rounds: Sequence[Round]) -> int:
     """Groups with signal so far, all ranks: a collective."""
-    ours = sum(len(groups_with_signal(each.rollouts, each.scores.total, n)) for each in rounds)
+    ours = sum(len(groups_with_signal(each.rollouts, each.scores.total)) for each in rounds)
     return int(sum_over_ranks(torch.tensor(ours)).item())
 
 
-def share_out(rounds: Sequence[Round], n: int, wanted: int) -> tuple[list[Group], dict[str, float]]:
-    """This rank's part of the groups with signal of all ranks, at most `wanted` together; a collective.
+def kept_groups(rounds: Sequence[Round], wanted: int) -> tuple[list[Group], dict[str, float]]:
+    """The groups with signal of all ranks, at most `wanted`; a collective.
 
-    Groups of earlier rounds come first, within a round those of lower ranks; rank r takes every world_size-th.
+    Groups of earlier rounds come first, within a round those of lower ranks.
 
     Returns:
-        The groups, none where there are fewer than ranks; and the metrics that docs/metrics.md explains.
+        The groups, the same on all ranks; and the metrics that docs/metrics.md explains.
     """
-    ours = [groups_with_signal(each.rollouts, each.scores.total, n) for each in rounds]
-    rank, size = dist.get_rank(), dist.get_world_size()
-    everyones: list[Any] = [None] * size
-    dist.all_gather_object(everyones, ours)
-    kept = [group for of_round in zip(*everyones, strict=True) for of_rank in of_round for group in of_rank]
+    kept = [group for each in rounds for group in gather(groups_with_signal(each.rollouts, each.scores.total))]
     generated = int(sum_over_ranks(torch.tensor(sum(len(each.examples) for each in rounds))).item())
     trained = kept[:wanted]
-    return trained[rank::size], {
+    return trained, {
         "rollout/kept_groups_fraction": len(kept) / generated,
         "rollout/rounds": len(rounds),
         "rollout/trained_groups": len(trained),
     }
-
-
-def join(groups: Sequence[Group]) -> tuple[RolloutBatch, np.ndarray]:
-    """The groups as one batch, numbered from 0, and its scores; at least one group."""
-    rows = [rollout for group in groups for rollout in group.rollouts]
-    batch = RolloutBatch(
-        prompt_ids=np.concatenate([row.prompt_ids for row in rows]),
-        prompt_lengths=np.array([len(row.prompt_ids) for row in rows], np.int32),
-        response_ids=np.concatenate([row.response_ids for row in rows]),
-        response_lengths=np.array([len(row.response_ids) for row in rows], np.int32),
-        logprobs=np.concatenate([row.logprobs for row in rows]),
-        finished=np.array([row.finish_reason == "stop" for row in rows]),
-        prompt_index=np.repeat(np.arange(len(groups), dtype=np.int32), [len(group.rollouts) for group in groups]),
-        version=rows[0].version,
-    )
-    return batch, np.concatenate([group.scores for group in groups])
 
 
 def add_rounds(metrics: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -82,7 +82,7 @@ def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed:
     hyper = config.algorithm
     start = time.perf_counter()
     num_tokens = int(sum_over_ranks(batch.lengths.sum()).item()) * hyper.epochs
-    minibatches = batch.minibatches(hyper.minibatches, hyper.epochs, seed, may_be_empty=hyper.drops_equal_groups)
+    minibatches = batch.minibatches(hyper.minibatches, hyper.epochs, seed)
     updates = [stats for minibatch in minibatches if (stats := update(minibatch, learner, loss, config))]
     seconds = time.perf_counter() - start
     means = {f"train/{name}": sum(stats[name] for stats in updates) / len(updates) for name in updates[0]}

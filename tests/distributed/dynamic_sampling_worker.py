@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from rollout import init_world
 from tests.distributed.data_parallel_gradient_worker import MAX_TOKENS, SCORES, TEMPERATURE, rollouts, tiny_llama
 from trainers import grpo
+from trainers.balance import join, share_evenly
 from trainers.batching import make_batch, no_rows
 from trainers.config import GRPOConfig, OptimizerConfig, SamplingConfig
-from trainers.dynamic_sampling import Round, join, share_out
+from trainers.dynamic_sampling import Round, kept_groups
 from trainers.hyperparameters import GRPOHyperparameters
 from trainers.learner import Learner, optimize
 from trainers.no_grad_pass import no_grad_pass
@@ -41,7 +42,8 @@ def step(with_signal: int, accelerator: Accelerator) -> dict:
     sampling = SamplingConfig(n=2, max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
     hyper = GRPOHyperparameters(filter_groups=True, minibatches=3, epochs=2, kl_coef=0.1, prompts_per_step=WANTED)
     config = GRPOConfig(sampling=sampling, grpo=hyper, optimizer=OptimizerConfig(max_grad_norm=1e9))
-    groups, metrics = share_out(rounds(with_signal), sampling.n, WANTED)
+    kept, metrics = kept_groups(rounds(with_signal), WANTED)
+    groups, _ = share_evenly(kept)
     batch = make_batch(*join(groups), "cpu") if groups else no_rows("cpu")
     policy = Policy(tiny_llama(seed=0))
     batch = no_grad_pass(batch, policy, tiny_llama(seed=1), TEMPERATURE, 64, hyper.needs_old_logprobs)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rollout import RolloutBatch
+from trainers.balance import join
 from trainers.batching import make_batch, no_rows
 from trainers.config import GRPOConfig, SamplingConfig
-from trainers.dynamic_sampling import groups_with_signal, join, round_seed
+from trainers.dynamic_sampling import groups_with_signal, round_seed
 from trainers.errors import ConfigError
 from trainers.evaluation import EVALUATION_SEED
 from trainers.grpo import targets
@@ -34,14 +35,14 @@ def rollouts() -> RolloutBatch:
 
 
 def test_groups_that_score_alike_are_dropped():
-    groups = groups_with_signal(rollouts(), np.array([0, 1, 1, 1, 0.25, 0.5], np.float32), n=2)
+    groups = groups_with_signal(rollouts(), np.array([0, 1, 1, 1, 0.25, 0.5], np.float32))
     assert [group.rollouts[0].prompt_ids.tolist() for group in groups] == [[0, 0], [2, 2]]
     assert groups[1].scores.tolist() == [0.25, 0.5]
-    assert groups_with_signal(rollouts(), np.ones(6), n=2) == []
+    assert groups_with_signal(rollouts(), np.ones(6)) == []
 
 
 def test_joined_groups_are_their_rows_and_nothing_else():
-    batch, scores = join(groups_with_signal(rollouts(), np.array([0, 1, 1, 1, 0.25, 0.5]), n=2))
+    batch, scores = join(groups_with_signal(rollouts(), np.array([0, 1, 1, 1, 0.25, 0.5])))
     assert scores.tolist() == [0, 1, 0.25, 0.5]
     assert batch.prompt_index.tolist() == [0, 0, 1, 1] and batch.version == 7
     for row, of in enumerate((0, 1, 4, 5)):
@@ -61,9 +62,9 @@ def test_no_two_rounds_share_their_streams():
 
 def test_a_rank_without_rows_has_minibatches_without_rows():
     empty = targets(no_rows("cpu"), GRPOConfig())
-    assert [len(part) for part in empty.minibatches(3, 2, seed=0, may_be_empty=True)] == [0] * 6
+    assert [len(part) for part in empty.minibatches(3, 2, seed=0)] == [0] * 6
     two = make_batch(rollouts(), np.zeros(6), "cpu").select(torch.tensor([0, 1]))
-    assert [len(part) for part in two.minibatches(3, 1, seed=0, may_be_empty=True)] == [1, 1, 0]
+    assert [len(part) for part in two.minibatches(3, 1, seed=0)] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
