@@ -357,7 +357,7 @@ def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, to
 def whole_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A sharded parameter gathered, in `dtype`; any other one as it is."""
     if isinstance(weight, DTensor):
-        weight = weight.detach().to(dtype)
+        weight = weight.to(dtype)
         assert isinstance(weight, DTensor)
         return weight.full_tensor()
     return weight
