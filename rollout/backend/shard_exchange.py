@@ -238,28 +238,32 @@ def _cut(piece: Piece, room: int) -> tuple[Piece | None, list[Piece]]:
 
 
 class Channel:
-    """The group that buckets go through, and the memory they need: two buckets at most, kept for the next ones.
+    """The group that buckets go through, and the memory they need, kept for the next ones.
+
+    Two buckets may be on their way at a time, in turn in one half of the memory and in the other: while one travels,
+    what the last one brought is put in its place.
 
     Args:
         group: of all ranks; gloo on the CPU.
         device: of the memory.
-        limit: bytes, as in `make_buckets`.
+        limit: bytes that a rank sends at a time, and receives at a time: those of two buckets.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, limit: int = BUCKET_BYTES) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.limit = limit
+        self.bucket_limit = limit // 2
         self.received_bytes = 0
         """Since it was made."""
         self._group = group
-        self._memory = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._outgoing = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._incoming = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._on_its_way: list[dist.Work | None] = [None, None]
 
-    def make_room(self, sent: int, received: int) -> None:
-        """See that a bucket of that many bytes has memory."""
-        for number, num_bytes in enumerate((sent, received)):
-            if self._memory[number].numel() < num_bytes:
-                self._memory[number] = self._memory[number].new_empty(num_bytes)
+    @property
+    def memory_bytes(self) -> int:
+        """Of both halves, for both directions."""
+        return sum(memory.numel() for memory in (*self._outgoing, *self._incoming))
 
     def tell(self, mine: Any) -> list[Any]:
         """All ranks together: what each of them says, by rank."""
@@ -267,26 +271,36 @@ class Channel:
         dist.all_gather_object(everyones, mine, group=self._group)
         return everyones
 
-    @property
-    def outgoing(self) -> torch.Tensor:
-        """(bytes,) uint8: what is sent next."""
-        return self._memory[0]
+    def outgoing(self, half: int, num_bytes: int) -> torch.Tensor:
+        """(num_bytes,) uint8: what the next bucket in this half sends, once the last one has arrived."""
+        self.wait(half)
+        return self._room(self._outgoing, half, num_bytes)
 
-    @property
-    def incoming(self) -> torch.Tensor:
-        """(bytes,) uint8: what was received last."""
-        return self._memory[1]
-
-    def exchange(self, sends: list[int], receives: list[int]) -> None:
-        """All ranks together: `outgoing` to the others, in their order, and what they send into `incoming`.
+    def start(self, half: int, sends: list[int], receives: list[int]) -> None:
+        """All ranks together, in the same order: send `outgoing`, without waiting for anyone.
 
         Args:
-            sends: bytes for each rank.
+            sends: bytes for each rank, in their order.
             receives: bytes from each rank.
         """
-        outgoing, incoming = self.outgoing[: sum(sends)], self.incoming[: sum(receives)]
-        dist.all_to_all_single(incoming, outgoing, receives, sends, group=self._group)
+        incoming = self._room(self._incoming, half, sum(receives))
+        outgoing = self._outgoing[half][: sum(sends)]
+        self._on_its_way[half] = dist.all_to_all_single(
+            incoming, outgoing, receives, sends, group=self._group, async_op=True
+        )
         self.received_bytes += incoming.numel()
+
+    def wait(self, half: int) -> torch.Tensor:
+        """(bytes,) uint8: what the last bucket in this half has brought, until the next one is started."""
+        work, self._on_its_way[half] = self._on_its_way[half], None
+        if work is not None:
+            work.wait()
+        return self._incoming[half]
+
+    def _room(self, memory: list[torch.Tensor], half: int, num_bytes: int) -> torch.Tensor:
+        if memory[half].numel() < num_bytes:
+            memory[half] = memory[half].new_empty(num_bytes)
+        return memory[half][:num_bytes]
 
 
 @dataclass(frozen=True)
@@ -338,7 +352,7 @@ class Exchange:
         self._targets = targets
         self._mine = {source: box for source, held in holders.items() for box, ranks in held if channel.rank in ranks}
         pieces = find_pieces(holders, needs)
-        buckets = make_buckets(pieces, channel.limit)
+        buckets = make_buckets(pieces, channel.bucket_limit)
         self.copies: dict[int, list[tuple[torch.Tensor, str, Box]]] = defaultdict(list)
         for piece in pieces:
             if piece.sender == piece.receiver == channel.rank:
@@ -349,10 +363,6 @@ class Exchange:
         for number, bucket in enumerate(buckets):
             for step in dict.fromkeys(piece.need.step for piece in bucket):
                 self.due[step].append(number)
-        channel.make_room(
-            max((sum(bucket.sends) for bucket in self.buckets), default=0),
-            max((sum(bucket.receives) for bucket in self.buckets), default=0),
-        )
 
     def run(self, local: Callable[[str], torch.Tensor]) -> "Run":
         """Start to fill the targets.
@@ -398,26 +408,33 @@ class Run:
     def __init__(self, exchange: Exchange, local: Callable[[str], torch.Tensor]) -> None:
         self._exchange = exchange
         self._local = local
-        self._done = 0
+        self._arrived = 0
+        self._send(0)
 
     def fill(self, step: int) -> None:
         """Fill what is needed in one step. What later steps need is not touched: their targets may be the same memory.
 
-        Together with all ranks: buckets are exchanged that hold anything of this step for anyone, if they were not
-        before.
+        Together with all ranks: waits for the buckets that hold anything of this step for anyone, and sends the one
+        behind each.
         """
         exchange = self._exchange
         for target, source, box in exchange.copies.get(step, ()):
             target.copy_(self._local(source)[box])
         for number in exchange.due.get(step, ()):
-            while self._done <= number:
-                self._send(exchange.buckets[self._done])
-                self._done += 1
+            while self._arrived <= number:
+                exchange.channel.wait(self._arrived % 2)
+                self._arrived += 1
+                # In the half of the bucket before this one, all of which is in its place: it was due before.
+                self._send(self._arrived)
+            incoming = exchange.channel.wait(number % 2)
             for target, slot in exchange.buckets[number].incoming.get(step, ()):
-                target.copy_(slot.of(exchange.channel.incoming))
+                target.copy_(slot.of(incoming))
 
-    def _send(self, bucket: Bucket) -> None:
-        channel = self._exchange.channel
+    def _send(self, number: int) -> None:
+        if number == len(self._exchange.buckets):
+            return
+        channel, bucket = self._exchange.channel, self._exchange.buckets[number]
+        outgoing = channel.outgoing(number % 2, sum(bucket.sends))
         for source, box, slot in bucket.outgoing:
-            slot.of(channel.outgoing).copy_(self._local(source)[box])
-        channel.exchange(bucket.sends, bucket.receives)
+            slot.of(outgoing).copy_(self._local(source)[box])
+        channel.start(number % 2, bucket.sends, bucket.receives)

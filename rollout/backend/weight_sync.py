@@ -183,7 +183,7 @@ class PlannedSync:
         layers: of `make_plan`.
         model: the engine's.
         reads_head: as in WeightSync.
-        bucket_bytes: that a rank sends, and receives, at a time.
+        bucket_bytes: that a rank sends at a time, and receives at a time.
     """
 
     def __init__(self, layers: list[Layer], model: Module, reads_head: bool, bucket_bytes: int = BUCKET_BYTES) -> None:

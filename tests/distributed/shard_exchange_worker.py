@@ -111,14 +111,14 @@ def exchanged(size: int, rank: int, seed: int, limit: int) -> dict[str, Any]:
                 right = right if need.step <= step else torch.full_like(right, 7.0)
                 wrong += not torch.equal(target, right)
     travelled = [piece for piece in find_pieces(holders, needs) if piece.sender != piece.receiver]
-    buckets = make_buckets(travelled, limit)
+    buckets = make_buckets(travelled, channel.bucket_limit)
     sums = [[sum(p.num_bytes for p in b if side(p) == r) for r in range(size)] for b in buckets for side in SIDES]
     return {
         "wrong": wrong,
         "all_in_pieces": set(holders) == set(sources),
         "buckets": len(buckets),
         "largest": max((max(of_ranks) for of_ranks in sums), default=0),
-        "memory": channel.outgoing.numel() + channel.incoming.numel(),
+        "memory": channel.memory_bytes,
         "received": channel.received_bytes - before,
         "missing": sum(volume(piece.box) for piece in travelled if piece.receiver == rank) * 2,
     }

@@ -30,7 +30,7 @@ def test_every_box_is_what_the_whole_tensor_has(ranks: list[dict]) -> None:
 def test_no_bucket_is_larger_than_its_limit(ranks: list[dict]) -> None:
     for rank in ranks:
         for found in rank["random"]:
-            assert 0 < found["largest"] <= found["limit"]
+            assert 0 < found["largest"] <= found["limit"] // 2, "two are on their way at a time"
             assert found["memory"] <= 2 * found["limit"]
         assert rank["random"][0]["buckets"] > 10 and rank["random"][3]["buckets"] == 1
 
