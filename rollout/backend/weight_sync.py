@@ -41,8 +41,6 @@ Layout = tuple[tuple, ...]
 
 CHECKED_LAYERS = 4
 """Of a sync, in turn: within a twentieth of its time (docs/results.md)."""
-ZEROS = 0
-"""The fingerprint of a layer of zeros, whose sign cannot be changed."""
 
 
 @dataclass(frozen=True)
@@ -385,33 +383,41 @@ class Negated(Mapping[str, torch.Tensor]):
 
 
 def disproof(plan: PlannedSync, weights: Weights) -> str | None:
-    """Why the plan is wrong: it does not lead from other weights back to what a full reload of these has just made."""
-    reloaded = fingerprint(plan.layers)
+    """Why the plan is wrong: it does not lead from other weights back to what a full reload of these has just made.
+
+    Or it does not reach all of a layer: what it leaves alone keeps its sign when all others change theirs.
+    """
+    reloaded, expected = fingerprint(plan.layers), fingerprint(plan.layers, -1)
     plan.load(Negated(weights))
-    negated = fingerprint(plan.layers)
+    negated = fingerprint(plan.layers, 1)
     plan.load(weights)
-    for layer, before, other, after in zip(plan.layers, reloaded, negated, fingerprint(plan.layers), strict=True):
+    loaded = fingerprint(plan.layers)
+    for layer, before, after, changed, found in zip(plan.layers, reloaded, loaded, expected, negated, strict=True):
         name = ", ".join(dict.fromkeys(copy.source for copy in layer.copies)) or type(layer.module).__name__
         if after != before:
             return f"{name} is not what a full reload makes of it"
-        if other == before and before != ZEROS:
+        if found != changed:
             return f"{name} is not reached by the plan"
     return None
 
 
 @torch.inference_mode()
-def fingerprint(layers: Sequence[Layer]) -> list[int]:
-    """A checksum of what each layer holds; of a packed one, of what it makes of some rows."""
-    return [_fingerprint(layer) for layer in layers]
+def fingerprint(layers: Sequence[Layer], sign: int = 0) -> list[int]:
+    """A checksum of what each layer holds; of a packed one, of what it makes of some rows.
+
+    Args:
+        sign: 0 for the bits as they are; 1 or -1 for the numbers times that, where both zeros are the same.
+    """
+    return [_fingerprint(layer, sign) for layer in layers]
 
 
-def _fingerprint(layer: Layer) -> int:
-    found = ZEROS
-    held: torch.Tensor
+def _fingerprint(layer: Layer, sign: int) -> int:
+    found = 0
     for target, shape in layer.shapes.items():
         parameter = getattr(layer.module, target)
         held = parameter.data if parameter.shape == shape else _products(layer.module, shape, parameter.dtype)
-        if held.any():
+        held = held * sign + 0.0 if sign else held
+        if held.numel():
             found = zlib.crc32(held.contiguous().view(torch.uint8).cpu().numpy().data, found)
     return found
 
