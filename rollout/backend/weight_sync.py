@@ -92,14 +92,14 @@ class WeightSync:
         if shapes != self._shapes:
             self._shapes, self._plan, self._plans = shapes, None, {}
         layout = layout_of(weights)
-        if layout in self._plans:
-            self._plan = self._plans[layout]
-        if self._plan is not None and layout in self._plans:
-            self._plan.load(weights)
+        plan = self._plans.get(layout)
+        if plan is not None:
+            plan.load(weights)
         else:
             load_policy_weights(self._worker, self._whole(weights))
             if layout not in self._plans:
-                self._plan = self._plans[layout] = self._proven_plan(weights)
+                plan = self._plans[layout] = self._proven_plan(weights)
+        self._plan = plan
         if self._plan is not None:
             self._next_check = self._plan.check(weights, self._next_check, CHECKED_LAYERS)
         num_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
