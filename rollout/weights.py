@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class StaleWeights(RuntimeError):
@@ -46,8 +47,8 @@ def sync_policy(core: Any, policy: nn.Module, version: int) -> SyncReport:
 
     Args:
         core: `rollout.backend.core.Core`.
-        policy: a Hugging Face causal language model of the engine's architecture, plain or in DDP; the same on every
-            rank. Any dtype: the engine casts to its own.
+        policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP or in
+            FSDP2's shards (`fully_shard`); the same on every rank. Any dtype: the engine casts to its own.
         version: to be recorded by every rollout until the next sync.
 
     Raises:
@@ -80,4 +81,5 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(policy, nn.parallel.DistributedDataParallel):
         policy = policy.module
     for name, parameter in policy.named_parameters():
-        yield name, parameter.detach()
+        # Detaching a sharded one takes as long as copying a small layer: whoever reads its shard does without.
+        yield name, parameter if isinstance(parameter, DTensor) else parameter.detach()

@@ -22,10 +22,10 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
+from rollout.backend.shard_exchange import Box
+
 UNTOUCHED, PADDING = -1, 0
 """What a stand-in holds where nothing arrived, and where a loader filled in zeros; rows are numbered from 1."""
-
-Box = tuple[slice, ...]
 
 
 class NoPlan(Exception):

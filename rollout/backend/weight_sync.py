@@ -2,12 +2,12 @@
 
 The first sync goes through vLLM's reload and derives the plan. Before the plan is trusted it has to undo another load
 exactly: weights of the other sign go in by the plan, then the policy's, and every layer must be, bit for bit, what the
-reload had made of it.
+reload had made of it. Each layout of a sharded policy is proven so.
 """
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,28 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_world_group
 from vllm.v1.worker.worker_base import WorkerBase
 
-from rollout.backend.sync_plan import Box, Layer, NoPlan, make_plan
+from rollout.backend.shard_exchange import (
+    BUCKET_BYTES,
+    Channel,
+    Exchange,
+    Holders,
+    Need,
+    find_holders,
+    held_box,
+    local_part,
+)
+from rollout.backend.sync_plan import Layer, NoPlan, make_plan
+from rollout.backend.weight_check import PROBES, Filled, differs, filled, strips
 from rollout.backend.worker import load_policy_weights
 from rollout.weights import StaleWeights
 
 Weights = Mapping[str, torch.Tensor]
 
-PROBES = 4
-"""Rows that a packed layer multiplies to show what it holds; and rows of a large parameter that a check looks at."""
+Layout = tuple[tuple, ...]
+"""Names and shapes of a policy's parameters, and how each is spread over the ranks."""
+
 CHECKED_LAYERS = 4
 """Of a sync, in turn: within a twentieth of its time (docs/results.md)."""
-ZEROS = 0
-"""The fingerprint of a layer of zeros, whose sign cannot be changed."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class WeightSync:
         self._model: Module = worker.model_runner.get_model()
         self._reads_head = reads_head
         self._plan: PlannedSync | None = None
+        self._plans: dict[Layout, PlannedSync | None] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._next_check = 0
 
@@ -78,13 +89,17 @@ class WeightSync:
             StaleWeights: if the engine holds something else afterwards.
         """
         shapes = {name: weight.shape for name, weight in weights.items()}
-        if self._plan is not None and shapes == self._shapes:
-            self._plan.load(weights)
+        if shapes != self._shapes:
+            self._shapes, self._plan, self._plans = shapes, None, {}
+        layout = layout_of(weights)
+        plan = self._plans.get(layout)
+        if plan is not None:
+            plan.load(weights)
         else:
             load_policy_weights(self._worker, self._whole(weights))
-            if shapes != self._shapes:
-                self._shapes = shapes
-                self._plan = self._proven_plan(weights)
+            if layout not in self._plans:
+                plan = self._plans[layout] = self._proven_plan(weights)
+        self._plan = plan
         if self._plan is not None:
             self._next_check = self._plan.check(weights, self._next_check, CHECKED_LAYERS)
         num_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
@@ -106,10 +121,13 @@ class WeightSync:
 
     def _proven_plan(self, weights: Weights) -> "PlannedSync | None":
         """The plan, if every rank has one that is right: a reload of a sharded policy takes all of them."""
-        plan, reason = None, None
+        plan, reason = self._plan, None
         with set_current_vllm_config(self._worker.vllm_config):
             try:
-                plan = PlannedSync(make_plan(self._model, self._shapes), self._model, self._reads_head)
+                if plan is None:
+                    plan = PlannedSync(make_plan(self._model, self._shapes), self._model, self._reads_head)
+                else:  # the same parameters in another layout; the reload has packed everything again
+                    plan.drop_packed_copies()
             except NoPlan as error:
                 reason = str(error)
             reason = first_of_ranks(reason)
@@ -123,6 +141,14 @@ class WeightSync:
         return None
 
 
+def layout_of(weights: Weights) -> Layout:
+    """By parameter: name, shape, and of a sharded one the ranks' mesh and what is done along each of its dimensions."""
+    return tuple(
+        (name, weight.shape, (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None)
+        for name, weight in weights.items()
+    )
+
+
 def first_of_ranks(reason: str | None) -> str | None:
     """The reason of the first rank of the job that has one."""
     group = get_world_group().cpu_group
@@ -131,102 +157,199 @@ def first_of_ranks(reason: str | None) -> str | None:
     return next((each for each in everyones if each is not None), None)
 
 
+@dataclass(frozen=True)
+class Route:
+    """How a policy of one layout reaches this rank.
+
+    Attributes:
+        holders: of the parameters that are sent in pieces; the others are there whole, or are gathered.
+        filled: by rank, layer and parameter; of the other ranks only where something is sent.
+        exchange: fills this rank's layers, a layer in a step.
+    """
+
+    holders: Holders
+    filled: list[list[list[Filled]]]
+    exchange: Exchange
+
+
 class PlannedSync:
     """Copies by a plan. A packed layer (oneDNN on the CPU) is filled in a buffer, and packed again.
+
+    A sharded policy's parameters go in pieces from the ranks that hold them to those that need them.
 
     Args:
         layers: of `make_plan`.
         model: the engine's.
         reads_head: as in WeightSync.
+        bucket_bytes: that a rank sends at a time, and receives at a time.
     """
 
-    def __init__(self, layers: list[Layer], model: Module, reads_head: bool) -> None:
+    def __init__(self, layers: list[Layer], model: Module, reads_head: bool, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.layers = layers
-        self._dtype = next(model.parameters()).dtype
-        buffers: dict[torch.Size, Parameter] = {}
-        self._moves = {id(layer): self._moves_of(layer, buffers) for layer in layers}
-        self._packed_again = self._drop_packed_copies(model, reads_head)
+        self._model, self._reads_head = model, reads_head
+        self._device = next(model.parameters()).device
+        self._filled = [filled(layer) for layer in layers]
+        self._steps = {id(layer): step for step, layer in enumerate(layers)}
+        self._packed: dict[int, dict[str, Parameter]] = {}
+        self._targets = self._make_targets(layers)
+        self.drop_packed_copies()
+        group = get_world_group()
+        on_cpu = self._device.type == "cpu"
+        self.channel = Channel(group.cpu_group if on_cpu else group.device_group, self._device, bucket_bytes)
+        self._routes: dict[Layout, Route] = {}
 
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
-        """Replace the weights, all of them; of a sharded policy one layer at a time is whole."""
+        """Replace the weights, all of them. For a sharded policy all ranks do it together."""
+        route = self._route(weights)
+        whole: dict[str, torch.Tensor] = {}
+        run = route.exchange.run(parts(weights, whole))
         for layer in self.layers:
-            moves, buffers = self._moves[id(layer)]
-            whole = whole_weights(layer, weights, self._dtype)
-            for target, source, box in moves:
-                target.copy_(whole[source][box])
-            if buffers:
+            step = self._steps[id(layer)]
+            gather(layer, weights, route.holders, whole)
+            run.fill(step)
+            if buffers := self._packed[step]:
                 layer.module._parameters.update(buffers)
                 pack(layer.module)
         for module in self._packed_again:
             pack(module)
 
-    def _moves_of(
-        self, layer: Layer, buffers: dict[torch.Size, Parameter]
-    ) -> tuple[list[tuple[torch.Tensor, str, Box]], dict[str, Parameter]]:
-        """What goes where, cut once; and the buffers that take the place of parameters which are packed."""
-        moves, packed = [], {}
-        for target, shape in layer.shapes.items():
-            parameter = getattr(layer.module, target)
-            if parameter.shape != shape:
-                if shape not in buffers:
-                    buffers[shape] = Parameter(torch.zeros(shape, dtype=self._dtype), requires_grad=False)
-                parameter = packed[target] = buffers[shape]
-            for copy in layer.copies_to(target):
-                moves.append((parameter.data[copy.target_box], copy.source, copy.source_box))
-        return moves, packed
+    def _make_targets(self, layers: list[Layer]) -> list[torch.Tensor]:
+        """What each copy fills, cut once; layers that are packed take turns in buffers, one for each shape."""
+        buffers: dict[torch.Size, Parameter] = {}
+        targets = []
+        for step, (layer, parameters) in enumerate(zip(layers, self._filled, strict=True)):
+            packed = self._packed[step] = {}
+            for each in parameters:
+                parameter = getattr(layer.module, each.target)
+                if each.packed:
+                    if each.shape not in buffers:
+                        buffers[each.shape] = Parameter(torch.zeros(each.shape, dtype=each.dtype), requires_grad=False)
+                    parameter = packed[each.target] = buffers[each.shape]
+                targets += [parameter.data[copy.target_box] for copy in each.copies]
+        return targets
+
+    def _route(self, weights: Weights) -> Route:
+        """Of this layout: agreed upon once, by all ranks together, and kept. A plain policy's takes no word."""
+        layout = layout_of(weights)
+        if layout not in self._routes:
+            holders: Holders = {}
+            of_ranks: list[list[list[Filled]]] = [[[] for _ in self._filled]] * self.channel.size
+            of_ranks[self.channel.rank] = self._filled
+            if any(isinstance(weight, DTensor) for weight in weights.values()):
+                held = {name: held_box(weight) for name, weight in weights.items()}
+                everyones = self.channel.tell((held, self._filled))
+                holders = find_holders(
+                    [each[0] for each in everyones], {name: each.shape for name, each in weights.items()}
+                )
+                of_ranks = [each[1] for each in everyones]
+            needs = [needed(of_rank) for of_rank in of_ranks]
+            self._routes[layout] = Route(holders, of_ranks, Exchange(holders, needs, self._targets, self.channel))
+        return self._routes[layout]
 
     @torch.inference_mode()
     def check(self, weights: Weights, start: int, count: int | None) -> int:
         """Compare layers with what was sent, in turn; returns where the next check starts.
 
+        For a sharded policy all ranks do it together.
+
         Args:
             start: the first layer, counted on beyond the last one.
-            count: of layers, of each of which some rows are compared; None compares all of all.
+            count: of layers, of each of which some rows are compared; None compares all of all, and gathers sharded
+                parameters whole, those of a layer at a time.
 
         Raises:
             StaleWeights: names the parameter.
         """
-        for turn in range(start, start + (len(self.layers) if count is None else count)):
-            layer = self.layers[turn % len(self.layers)]
-            whole = whole_weights(layer, weights, self._dtype)
-            for target, shape in layer.shapes.items():
-                first = None if count is None else turn * PROBES
-                differing = differs(layer, target, shape, whole, first)
+        turns = range(start, start + (len(self.layers) if count is None else count))
+        firsts = {turn: None if count is None else turn * PROBES for turn in turns}
+        sent = self._whole(weights, turns) if count is None else self._lines(weights, firsts)
+        for turn, first in firsts.items():
+            step = turn % len(self.layers)
+            for each in self._filled[step]:
+                policy = [next(sent) for _ in strips(each, first)]
+                differing = differs(self.layers[step], each, first, policy)
                 if differing is not None:
+                    kind = type(self.layers[step].module).__name__
                     raise StaleWeights(
-                        f"after the sync the engine's {target} of {type(layer.module).__name__} is not what the policy "
-                        f"sent as {differing}: nothing generated with it can be trusted; build a new engine"
+                        f"after the sync the engine's {each.target} of {kind} is not what the policy sent as "
+                        f"{differing}: nothing generated with it can be trusted; build a new engine"
                     )
-        return turn + 1
+        return turns.stop
 
-    def _drop_packed_copies(self, model: Module, reads_head: bool) -> list[Module]:
-        """Of layers that keep their weight beside a packed copy of it: those whose copy somebody reads.
+    def _whole(self, weights: Weights, turns: range) -> Iterator[torch.Tensor]:
+        """What the policy has in each strip of whole layers; not by a sync's way, which may have gone wrong."""
+        for step in turns:
+            layer = self.layers[step % len(self.layers)]
+            whole: dict[str, torch.Tensor] = {}
+            gather(layer, weights, {}, whole)
+            for each in self._filled[step % len(self.layers)]:
+                yield from (whole[strip.source][strip.source_box] for strip in strips(each, None))
+
+    def _lines(self, weights: Weights, firsts: Mapping[int, int | None]) -> Iterator[torch.Tensor]:
+        """What the policy has in each strip of some lines; no more of it travels."""
+        route = self._route(weights)
+        steps = [turn % len(self.layers) for turn in firsts]
+        needs = [needed([of_rank[step] for step in steps], [*firsts.values()]) for of_rank in route.filled]
+        sent = [
+            torch.empty([side.stop - side.start for side in need.box], dtype=need.dtype, device=self._device)
+            for need in needs[self.channel.rank]
+        ]
+        whole: dict[str, torch.Tensor] = {}
+        run = Exchange(route.holders, needs, sent, self.channel).run(parts(weights, whole))
+        for number, step in enumerate(steps):
+            gather(self.layers[step], weights, route.holders, whole)
+            run.fill(number)
+        return iter(sent)
+
+    def drop_packed_copies(self) -> None:
+        """Of layers that keep their weight beside a packed copy of it: keep those whose copy somebody reads.
 
         vLLM packs the embedding and the output head too. Nobody multiplies by the embedding; where the sampler reads
         the head's weight itself, nobody multiplies by that copy either, and packing it takes as long as ten layers.
+        A reload packs them again.
         """
-        read = []
-        filled = {getattr(layer.module, target).data_ptr() for layer in self.layers for target in layer.shapes}
-        for name, module in model.named_modules():
+        self._packed_again: list[Module] = []
+        written = {getattr(layer.module, target).data_ptr() for layer in self.layers for target in layer.shapes}
+        for name, module in self._model.named_modules():
             weight = getattr(module, "weight", None)
             if not hasattr(module, "cpu_linear") or weight is None or not weight.numel():
                 continue
-            if weight.data_ptr() in filled:
+            if weight.data_ptr() in written:
                 is_head = name.split(".")[-1] == "lm_head"
-                if is_head and not reads_head:
-                    read.append(module)
+                if is_head and not self._reads_head:
+                    self._packed_again.append(module)
                 else:
                     module.cpu_linear = torch.nn.functional.linear
-        return read
 
 
-def whole_weights(layer: Layer, weights: Weights, dtype: torch.dtype) -> Weights:
-    """The policy's parameters that a layer is filled from; sharded ones (FSDP2) gathered, which all ranks do together.
+def needed(layers: Sequence[Sequence[Filled]], firsts: Sequence[int | None] | None = None) -> list[Need]:
+    """What a rank needs for some lines of layers, a layer in a step; all of them without `firsts`."""
+    firsts = [None] * len(layers) if firsts is None else firsts
+    return [
+        Need(step, strip.source, strip.source_box, each.dtype)
+        for step, (layer, first) in enumerate(zip(layers, firsts, strict=True))
+        for each in layer
+        for strip in strips(each, first)
+    ]
 
-    In the engine's dtype, so that no more travels than the engine takes.
+
+def parts(weights: Weights, whole: Weights) -> Callable[[str], torch.Tensor]:
+    """This rank's part of each parameter: that in `whole`, where it is there, or else the shard."""
+    return lambda name: whole[name] if name in whole else local_part(weights[name])
+
+
+def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, torch.Tensor]) -> None:
+    """Put into `whole` what a layer is filled from and is not sent in pieces, and nothing else.
+
+    Sharded ones are gathered, which all ranks do together; in the engine's dtype, so that no more travels than the
+    engine takes.
     """
-    return {name: whole_weight(weights[name], dtype) for name in layer.sources}
+    whole.clear()
+    dtypes = {getattr(layer.module, target).dtype for target in layer.shapes}
+    for name in layer.sources:
+        if name not in holders:
+            whole[name] = whole_weight(weights[name], *(dtypes if len(dtypes) == 1 else [weights[name].dtype]))
 
 
 def whole_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -241,46 +364,6 @@ def whole_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pack(module: Any) -> None:
     """Have vLLM pack the layer's weight."""
     module.quant_method.process_weights_after_loading(module)
-
-
-@torch.inference_mode()
-def differs(layer: Layer, target: str, shape: torch.Size, weights: Weights, first: int | None) -> str | None:
-    """The policy's parameter that an engine's does not agree with, bit for bit; None if it agrees.
-
-    Args:
-        first: where a few rows (of a packed layer: columns) begin that are compared, counted on beyond the last; None
-            compares all.
-    """
-    parameter = getattr(layer.module, target)
-    packed = parameter.shape != shape
-    length = shape[-1] if packed else shape[0]
-    lines = torch.arange(length)
-    if first is not None:
-        lines = (first + torch.arange(min(PROBES, length))) % length
-    held = (
-        columns(layer.module, lines, shape[-1], parameter.dtype).t()
-        if packed
-        else parameter.data[lines.to(parameter.device)]
-    )
-    for copy in layer.copies_to(target):
-        dim = len(shape) - 1 if packed else 0
-        side = copy.target_box[dim]
-        inside = ((lines >= side.start) & (lines < side.stop)).nonzero().flatten()
-        at = lines[inside] - side.start
-        sent = weights[copy.source][copy.source_box].detach()
-        sent = sent.index_select(dim, at.to(sent.device)).to(device=held.device, dtype=held.dtype)
-        box = list(copy.target_box)
-        box[dim] = inside.to(held.device)
-        if not torch.equal(held[tuple(box)], sent):
-            return copy.source
-    return None
-
-
-def columns(module: Any, which: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """(which, outputs): columns of a packed layer's weight, exactly: each is what it makes of a 1 among zeros."""
-    ones = torch.zeros(len(which), size, dtype=dtype)
-    ones[torch.arange(len(which)), which] = 1.0
-    return module.quant_method.apply(module, ones)
 
 
 class Negated(Mapping[str, torch.Tensor]):
@@ -300,33 +383,41 @@ class Negated(Mapping[str, torch.Tensor]):
 
 
 def disproof(plan: PlannedSync, weights: Weights) -> str | None:
-    """Why the plan is wrong: it does not lead from other weights back to what a full reload of these has just made."""
-    reloaded = fingerprint(plan.layers)
+    """Why the plan is wrong: it does not lead from other weights back to what a full reload of these has just made.
+
+    Or it does not reach all of a layer: what it leaves alone keeps its sign when all others change theirs.
+    """
+    reloaded, expected = fingerprint(plan.layers), fingerprint(plan.layers, -1)
     plan.load(Negated(weights))
-    negated = fingerprint(plan.layers)
+    negated = fingerprint(plan.layers, 1)
     plan.load(weights)
-    for layer, before, other, after in zip(plan.layers, reloaded, negated, fingerprint(plan.layers), strict=True):
+    loaded = fingerprint(plan.layers)
+    for layer, before, after, changed, found in zip(plan.layers, reloaded, loaded, expected, negated, strict=True):
         name = ", ".join(dict.fromkeys(copy.source for copy in layer.copies)) or type(layer.module).__name__
         if after != before:
             return f"{name} is not what a full reload makes of it"
-        if other == before and before != ZEROS:
+        if found != changed:
             return f"{name} is not reached by the plan"
     return None
 
 
 @torch.inference_mode()
-def fingerprint(layers: Sequence[Layer]) -> list[int]:
-    """A checksum of what each layer holds; of a packed one, of what it makes of some rows."""
-    return [_fingerprint(layer) for layer in layers]
+def fingerprint(layers: Sequence[Layer], sign: int = 0) -> list[int]:
+    """A checksum of what each layer holds; of a packed one, of what it makes of some rows.
+
+    Args:
+        sign: 0 for the bits as they are; 1 or -1 for the numbers times that, where both zeros are the same.
+    """
+    return [_fingerprint(layer, sign) for layer in layers]
 
 
-def _fingerprint(layer: Layer) -> int:
-    found = ZEROS
-    held: torch.Tensor
+def _fingerprint(layer: Layer, sign: int) -> int:
+    found = 0
     for target, shape in layer.shapes.items():
         parameter = getattr(layer.module, target)
         held = parameter.data if parameter.shape == shape else _products(layer.module, shape, parameter.dtype)
-        if held.any():
+        held = held * sign + 0.0 if sign else held
+        if held.numel():
             found = zlib.crc32(held.contiguous().view(torch.uint8).cpu().numpy().data, found)
     return found
 

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers import AutoModelForCausalLM
 
+import rollout.backend.shard_exchange as shard_exchange
 import rollout.backend.weight_sync as weight_sync
 from rollout import RolloutConfig, RolloutEngine, StaleWeights
+from rollout.backend.shard_exchange import local_part
 from rollout.backend.sync_plan import NoPlan
 from rollout.backend.weight_sync import CHECKED_LAYERS, PlannedSync, WeightSync, fingerprint
 from rollout.backend.worker import load_policy_weights
+from rollout.weights import named_weights
 
 
 def changed(policy: torch.nn.Module, seed: int) -> None:
@@ -27,6 +32,15 @@ def changed(policy: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.0 + 0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def changed_shards(policy: torch.nn.Module, seed: int) -> None:
+    """Each rank changes what it holds, in its own way."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            part = local_part(parameter)
+            part.mul_(1.0 + 0.3 * torch.rand(part.shape, generator=generator))
 
 
 def by_plan_and_by_reload(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
@@ -58,6 +72,99 @@ def of_a_sharded_policy(engine: RolloutEngine, model: str, policy: torch.nn.Modu
     return {"planned": planned, "equal": fingerprint(engine._core.executor.sync_layers()) == expected}
 
 
+def rows(policy: torch.nn.Module) -> None:
+    fully_shard(policy)
+
+
+def some_plain(policy: torch.nn.Module) -> None:
+    """The embedding, the head and the last norm stay plain."""
+    for layer in policy.model.layers:
+        fully_shard(layer)
+
+
+def columns(policy: torch.nn.Module) -> None:
+    fully_shard(policy, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
+
+
+def with_partial_sums(policy: torch.nn.Module) -> None:
+    """One parameter is a sum over the ranks, which no rank holds a box of."""
+    fully_shard(policy.model.layers[0])
+    mesh = init_device_mesh("cpu", (2,))
+    norm = policy.model.layers[1].input_layernorm
+    norm.weight = torch.nn.Parameter(DTensor.from_local(norm.weight.detach() / 2, mesh, [Partial()]))
+
+
+def of_layouts(engine: RolloutEngine, model: str, policy: torch.nn.Module) -> dict[str, Any]:
+    """Policies in other layouts: what the engine holds after their first sync and after their second.
+
+    And what travelled in that, and how many parameters were gathered whole.
+    """
+    sync = engine._core.executor._sync()
+    gathered: list[tuple] = []
+    full_tensor = DTensor.full_tensor
+
+    def counted(self: DTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        gathered.append(tuple(self.shape))
+        return full_tensor(self, *args, **kwargs)
+
+    found = {}
+    for shard in (rows, some_plain, columns, with_partial_sums):
+        equal = []
+        for seed in (21, 22):
+            changed(policy, seed)
+            engine.sync_weights(policy, seed)
+            expected = fingerprint(sync.layers)
+            sharded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            sharded.load_state_dict(policy.state_dict())
+            shard(sharded)
+            engine.sync_weights(policy_of_zeros(model), seed)
+            routes, before = len(sync._plan._routes), sync._plan.channel.received_bytes
+            DTensor.full_tensor = counted
+            gathered.clear()
+            planned = engine.sync_weights(sharded, seed).planned
+            DTensor.full_tensor = full_tensor
+            equal.append(planned and fingerprint(sync.layers) == expected)
+            received = sync._plan.channel.received_bytes - before
+            new_routes = len(sync._plan._routes) - routes
+            engine.check_weights(sharded)
+        found[shard.__name__] = {
+            "equal": equal,
+            "gathered": len(gathered),
+            "new_routes": new_routes,
+            "received": received,
+            "whole": sum(parameter.numel() for parameter in policy.parameters()) * 2,
+            "memory": sync._plan.channel.memory_bytes,
+        }
+    found["left_out"] = what_a_sync_left_out(engine, policy, in_shards=sharded)
+    return found
+
+
+def lost_pieces(engine: RolloutEngine, model: str) -> dict[str, Any]:
+    """An exchange that loses a piece, or mixes two up: a first sync that goes by it is noticed."""
+    make_buckets, inside = shard_exchange.make_buckets, shard_exchange.inside
+
+    def loses_one(*args: Any) -> list:
+        buckets = make_buckets(*args)
+        return [*buckets[:-1], buckets[-1][:-1]] if buckets else []
+
+    def is_off(box: Any, outer: Any) -> Any:
+        """Every second half of something is read, or written, at its start."""
+        return tuple(slice(0, side.stop - side.start) for side in box)
+
+    found = {}
+    for name, change in (("make_buckets", loses_one), ("inside", is_off)):
+        sharded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        columns(sharded)
+        engine._core.executor._weight_sync = WeightSync(engine._core.executor._sync()._worker, reads_head=True)
+        setattr(shard_exchange, name, change)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            planned = engine.sync_weights(sharded, 30).planned
+        shard_exchange.make_buckets, shard_exchange.inside = make_buckets, inside
+        found[name] = {"planned": planned, "said": [str(each.message) for each in caught]}
+    return found
+
+
 def policy_of_zeros(model: str) -> torch.nn.Module:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
     for parameter in policy.parameters():
@@ -65,16 +172,23 @@ def policy_of_zeros(model: str) -> torch.nn.Module:
     return policy
 
 
-def what_a_sync_left_out(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
-    """Leave out one layer after the other: is it named at once by a full check, and soon by the syncs' own?"""
+def what_a_sync_left_out(
+    engine: RolloutEngine, policy: torch.nn.Module, in_shards: torch.nn.Module | None = None
+) -> dict[str, Any]:
+    """Leave out one layer after the other: is it named at once by a full check, and soon by the syncs' own?
+
+    All ranks leave out the same, and find it in the same sync, unless they hold other parts of the vocabulary.
+    """
     sync = engine._core.executor._sync()
     plan = sync._plan
-    weights = {name: each.detach() for name, each in policy.named_parameters()}
+    weights = dict(named_weights(in_shards or policy))
     found: dict[str, Any] = {"named": [], "syncs": [], "turns": -(-len(plan.layers) // CHECKED_LAYERS)}
     for number, layer in enumerate(plan.layers):
         if number % 3:
             continue
         changed(policy, 10 + number)
+        if in_shards is not None:
+            changed_shards(in_shards, 10 + number)
         all_layers, plan.layers = plan.layers, [each for each in plan.layers if each is not layer]
         plan.load(weights)
         plan.layers = all_layers
@@ -188,6 +302,8 @@ def main() -> None:
         engine.check_weights(policy)
         results["sharded"] = of_a_sharded_policy(engine, model, policy)
         results["left_out"] = what_a_sync_left_out(engine, policy)
+        results["layouts"] = of_layouts(engine, model, policy)
+        results["lost"] = lost_pieces(engine, model)
         results["wrong"] = wrong_plans(engine, policy)
     with RolloutEngine(model, config) as engine:
         engine.sync_weights(policy, 0)

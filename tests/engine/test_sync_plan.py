@@ -38,6 +38,37 @@ def test_a_sharded_policy_gives_the_same_weights(ranks: list[dict]) -> None:
     assert [rank["sharded"] for rank in ranks] == [{"planned": True, "equal": True}] * 2
 
 
+@pytest.mark.parametrize("layout", ["rows", "some_plain", "columns", "with_partial_sums"])
+def test_layouts_of_all_kinds_give_the_same_weights(ranks: list[dict], layout: str) -> None:
+    for rank in ranks:
+        found = rank["layouts"][layout]
+        assert found["equal"] == [True, True]
+        # The second of a layout goes by what the first derived, and gathers only what has no other way.
+        assert found["new_routes"] == 0
+        # (Partial sums: for the sync, and again where the look at some layers comes to that one.)
+        assert found["gathered"] in ((1, 2) if layout == "with_partial_sums" else (0,))
+        assert found["memory"] <= 32 * 2**20
+    received = [rank["layouts"][layout]["received"] for rank in ranks]
+    whole = ranks[0]["layouts"][layout]["whole"]
+    # Half of a parameter is missing at most, and only where the engine wants other boxes than the trainer has.
+    assert 0 < max(received) < whole, (received, whole)
+
+
+def test_a_layer_of_a_sharded_policy_that_was_left_out_is_named(ranks: list[dict]) -> None:
+    for rank in ranks:
+        left_out = rank["layouts"]["left_out"]
+        assert len(left_out["named"]) >= 4 and all(left_out["named"])
+        assert max(left_out["syncs"]) <= left_out["turns"] + 1
+
+
+def test_an_exchange_that_goes_wrong_is_not_used(ranks: list[dict]) -> None:
+    for rank in ranks:
+        for found in rank["lost"].values():
+            assert not found["planned"]
+            words = "is not what a full reload makes of it", "is not reached by the plan"
+            assert any(word in said for word in words for said in found["said"]), found["said"]
+
+
 def test_a_layer_that_was_left_out_is_named(ranks: list[dict]) -> None:
     for rank in ranks:
         left_out = rank["left_out"]

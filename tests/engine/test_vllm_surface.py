@@ -272,7 +272,7 @@ FIELDS = {
 
 # Attributes that vLLM sets in __init__: found in the source of the class.
 SET_IN_INIT = {
-    ("vllm.distributed.parallel_state", "GroupCoordinator"): ["mq_broadcaster"],
+    ("vllm.distributed.parallel_state", "GroupCoordinator"): ["mq_broadcaster", "cpu_group", "device_group"],
     ("vllm.distributed.device_communicators.shm_broadcast", "ShmRingBuffer"): ["is_creator", "shared_memory"],
     ("vllm.distributed.device_communicators.shm_broadcast", "MessageQueue"): ["buffer", "handle"],
     ("vllm.model_executor.layers.attention", "Attention"): ["impl", "kv_cache_torch_dtype"],
