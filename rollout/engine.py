@@ -143,7 +143,8 @@ class RolloutEngine:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
 
         Args:
-            policy: a Hugging Face causal language model of the engine's architecture, plain or in DDP.
+            policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP or in FSDP2's shards
+                (`fully_shard`); the same on every rank.
             version: recorded by every rollout made from now on; at least 0.
 
         Raises:
