@@ -9,6 +9,7 @@ from tests.launch import launch
 
 PEER = """
 import json, os, sys, time
+held = b"x" * (256 << 20)
 time.sleep(1.5)
 if os.environ["RANK"] == "0":
     steps = int(sys.argv[sys.argv.index("--steps") + 1])
@@ -30,7 +31,7 @@ def test_both_systems_in_turns(tiny_model_path: Path, tmp_path: Path) -> None:
     assert seconds["TRL", "step"] == 8.0 and seconds["TRL", "train"] == 4.0
     assert 0 < seconds["ours", "generate"] < seconds["ours", "step"]
     assert found["of_trl"] == [pytest.approx(seconds["ours", "step"] / 8.0)]
-    assert all(row["peak_gib"] > 0.05 for row in found["rows"]), "imports alone take that"
+    assert all(row["peak_gib"] > 0.25 for row in found["rows"]), "what the peer holds, and less than ours takes"
     assert "| ours |" in done.stdout and "Our step / TRL's" in done.stdout
 
 
