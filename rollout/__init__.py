@@ -6,7 +6,7 @@ Configuration imports in milliseconds; the engine, and vLLM behind it, only when
 from typing import TYPE_CHECKING
 
 from rollout.config import RolloutConfig, SamplingConfig
-from rollout.types import Prompt, Rollout, RolloutBatch
+from rollout.types import OnStep, Prompt, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from rollout.agreement import RanksDisagree
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rollout.world import World, init_world
 
 __all__ = [
+    "OnStep",
     "Prompt",
     "RanksDisagree",
     "Rollout",

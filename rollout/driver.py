@@ -53,8 +53,11 @@ class Collected:
         arrays = (self.token_ids, self.logprobs, self.lengths)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
-    def add(self, update: Any) -> None:
+    def add(self, update: Any) -> list[int]:
         """Take in one step: a `rollout.backend.scheduler.StepUpdate`, whose request ids are row numbers.
+
+        Returns:
+            The rows that ended in it.
 
         Raises:
             RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
@@ -81,6 +84,7 @@ class Collected:
         for index, reason in update.finished:
             self.finished[rows[index]] = reason == STOP
             self.done[rows[index]] = True
+        return [int(rows[index]) for index, _ in update.finished]
 
     def _rows_of(self, request_ids: list[str]) -> np.ndarray:
         """(k,) int64. The list is the same object while the sequences are the same."""
@@ -108,6 +112,7 @@ def drive(
     phase: Phase,
     agreement: Agreement,
     beat: Callable[[], None],
+    on_step: Callable[[list[int]], None] | None = None,
 ) -> None:
     """Run all requests to their ends.
 
@@ -121,12 +126,13 @@ def drive(
         n: samples a prompt, which stand together.
         agreement: is told of every step; its phase is finished by the caller.
         beat: called at every step that has ended.
+        on_step: likewise, with the rows of `collected` that ended in it; the device is at work on the next step then.
 
     Raises:
         RanksDisagree: if another rank scheduled or sampled something else.
         RuntimeError: if a sequence ended otherwise than by a stop token or a length limit.
         FloatingPointError: if a log-prob is no finite number.
-        Exception: whatever the execute thread raised, with its traceback.
+        Exception: whatever the execute thread or `on_step` raised, with its traceback.
     """
     scheduler, executor, timeline = core.scheduler, core.executor, phase.timeline
     in_flight: deque[tuple[int, Any, Any]] = deque()
@@ -164,8 +170,10 @@ def drive(
                 timeline.record(EXECUTE, number, *future.device_span)
             update = scheduler.take_output(scheduled, output)
             agreement.sampled(update)
-            collected.add(update)
+            ended = collected.add(update)
             beat()
+            if on_step is not None:
+                on_step(ended)
             timeline.record_update(number, arrived, perf_counter())
     except RanksDisagree:
         raise

@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from rollout.failure import watched
 from rollout.fence import Fence, no_backward
 from rollout.isolation import preserved_trainer_state
 from rollout.throughput import PhaseTimeline, phase_metrics
-from rollout.types import Prompt, RolloutBatch
+from rollout.types import OnStep, Prompt, Rollout, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
 from rollout.world import World, init_world, tensor_parallel_group
 
@@ -107,7 +107,12 @@ class RolloutEngine:
         return self._core.describe()
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig | None = None, *, seed: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig | None = None,
+        *,
+        seed: int | None = None,
+        on_step: OnStep | None = None,
     ) -> RolloutBatch:
         """Sample `sampling.n` responses to each of this rank's prompts; all ranks of the group call it together.
 
@@ -116,6 +121,9 @@ class RolloutEngine:
             sampling: the same on every rank of the group.
             seed: of this call's random streams, together with `config.seed`; the same on every rank. By default the
                 number of calls so far, so that each call draws afresh and a whole job repeats.
+            on_step: called after each step with this rank's responses that ended in it, while the device works on the
+                next step: to score them meanwhile, say. It has to be quick. Its errors end the phase. What it is given
+                counts only once `generate` has returned: the ranks may still turn out to disagree.
 
         Returns:
             This rank's share: sample j of prompt i in row i * n + j.
@@ -136,12 +144,13 @@ class RolloutEngine:
             prompts_of_ranks = self._share(ours, sampling, seed)
             self._check_prompts(prompts_of_ranks, sampling)
             everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
+            before = sum(len(of_rank) for of_rank in prompts_of_ranks[: dist.get_rank(self._group)]) * sampling.n
+            share = slice(before, before + len(ours) * sampling.n)
             with self._fence.busy("generating"), no_backward(self._synced()):
-                collected = self._collected = self._run(everyones, sampling, seed)
+                on_rows = None if on_step is None else hand_out(ours, sampling.n, share, self._version, on_step)
+                collected = self._collected = self._run(everyones, sampling, seed, on_rows)
             self._num_phases += 1
-        rank = dist.get_rank(self._group)
-        before = sum(len(of_rank) for of_rank in prompts_of_ranks[:rank]) * sampling.n
-        return pack(ours, sampling.n, collected, slice(before, before + len(ours) * sampling.n), self._version)
+        return pack(ours, sampling.n, collected, share, self._version)
 
     def sync_weights(self, policy: nn.Module, version: int) -> SyncReport:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
@@ -239,7 +248,13 @@ class RolloutEngine:
             on_cuda = self.world.device.type == "cuda"
             self._core = build_core(self.model, self.tensor_parallel_size, self.config, on_cuda)
 
-    def _run(self, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: int) -> Collected:
+    def _run(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        seed: int,
+        on_rows: Callable[[Collected, list[int]], None] | None,
+    ) -> Collected:
         from rollout.backend.core import make_requests
 
         self._collected = None  # nothing of the last phase passes for this one's, should it be interrupted
@@ -247,8 +262,9 @@ class RolloutEngine:
         requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
+        on_ended = None if on_rows is None else partial(on_rows, collected)
         with preserved_trainer_state():
-            drive(self._core, requests, sampling.n, collected, self._phase, self._agreement, self._watch.beat)
+            drive(self._core, requests, sampling.n, collected, self._phase, self._agreement, self._watch.beat, on_ended)
             self._agreement.finish()
         self._metrics = phase_metrics(
             self._phase.timeline,
@@ -303,6 +319,31 @@ class RolloutEngine:
                     f"rank {rank} of the tensor-parallel group builds its engine from {theirs}, rank 0 from "
                     f"{everyones[0]}: pass the same on every rank, the seed included"
                 )
+
+
+def hand_out(
+    prompts: Sequence[np.ndarray], n: int, share: slice, version: int, on_step: OnStep
+) -> Callable[[Collected, list[int]], None]:
+    """`on_step` for rows of the group's tokens: those of this rank's share, numbered as it numbers them."""
+
+    def on_rows(collected: Collected, rows: list[int]) -> None:
+        ended = []
+        for row in rows:
+            if share.start <= row < share.stop:
+                number = row - share.start
+                length = collected.lengths[row]
+                rollout = Rollout(
+                    prompt_ids=prompts[number // n],
+                    response_ids=collected.token_ids[row, :length].copy(),
+                    logprobs=collected.logprobs[row, :length].copy(),
+                    finish_reason="stop" if collected.finished[row] else "length",
+                    prompt_index=number // n,
+                    version=version,
+                )
+                ended.append((number, rollout))
+        on_step(ended)
+
+    return on_rows
 
 
 def pack(prompts: Sequence[np.ndarray], n: int, collected: Collected, rows: slice, version: int) -> RolloutBatch:

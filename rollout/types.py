@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: prompts, and responses as packed arrays."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,10 @@ class Rollout:
     finish_reason: FinishReason
     prompt_index: int
     version: int
+
+
+OnStep = Callable[[Sequence[tuple[int, Rollout]]], None]
+"""Given the responses that ended in a step of a phase, each with its row in the RolloutBatch to come; often none."""
 
 
 @dataclass(frozen=True)

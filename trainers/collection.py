@@ -39,10 +39,12 @@ def generate_rounds(
         examples = next(stream)
         with engine.awake(), phase("generate"):
             prompt_ids = [example.prompt_ids for example in examples]
-            rollouts = engine.generate(prompt_ids, config.sampling, seed=round_seed(step, len(rounds)))
+            scoring = scorer.begin(examples)
+            seed = round_seed(step, len(rounds))
+            rollouts = engine.generate(prompt_ids, config.sampling, seed=seed, on_step=scoring.on_step)
             of_rounds.append(rollout_metrics(engine))
         with phase("reward"):
-            rounds.append(Round(examples, rollouts, scorer.score(rollouts, examples)))
+            rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
     scores = join_scores([each.scores for each in rounds])
     return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
 

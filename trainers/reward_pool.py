@@ -64,11 +64,14 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._beat = beat
         self._context = multiprocessing.get_context("spawn")
+        self._tasks: list[Task] = []
+        self._waiting: deque[int] = deque()
+        self._verdicts: dict[int, list[float] | Failed] = {}
         self._workers: list[Worker] = []
         try:
             self._workers = [self._start() for _ in range(workers)]
             while not all(worker.ready for worker in self._workers):
-                self._look([])
+                self._look()
         except BaseException:
             self.close()
             raise
@@ -78,18 +81,34 @@ class RewardPool:
 
         Each takes at most timeout_s. A worker that takes longer, or ends, is replaced, and its task has failed.
         """
-        verdicts: list[list[float] | Failed | None] = [None] * len(tasks)
-        waiting = deque(range(len(tasks)))
-        while waiting or any(worker.task is not None for worker in self._workers):
-            for place, worker in enumerate(self._workers):
-                if waiting and not worker.is_busy:
-                    if self._give(worker, waiting[0], tasks):
-                        waiting.popleft()
-                    else:
-                        self._replace(place)
-            self._look(verdicts)
-        assert all(verdict is not None for verdict in verdicts)
-        return verdicts  # type: ignore[return-value]
+        for task in tasks:
+            self.submit(task)
+        return self.collect()
+
+    def submit(self, task: Task) -> None:
+        """Have a worker judge it as soon as one is free and this process looks (`poll`, `collect`)."""
+        self._waiting.append(len(self._tasks))
+        self._tasks.append(task)
+
+    def poll(self) -> int:
+        """Take in what has been judged, and give the free workers more; waits for nothing.
+
+        Returns:
+            How many of the submitted tasks have a verdict.
+        """
+        self._give_out()
+        self._look(at_most_s=0.0)
+        self._give_out()
+        return len(self._verdicts)
+
+    def collect(self) -> list[list[float] | Failed]:
+        """Wait for the verdicts of all that was submitted since the last time, in that order; see `judge`."""
+        while len(self._verdicts) < len(self._tasks):
+            self._give_out()
+            self._look()
+        verdicts = [self._verdicts[number] for number in range(len(self._tasks))]
+        self._tasks, self._verdicts = [], {}
+        return verdicts
 
     def close(self) -> None:
         """End all workers; a second call does nothing."""
@@ -110,49 +129,57 @@ class RewardPool:
         theirs.close()  # so that its end is heard
         return Worker(process, ours, time.monotonic() + START_TIMEOUT_S)
 
-    def _give(self, worker: Worker, number: int, tasks: Sequence[Task]) -> bool:
+    def _give_out(self) -> None:
+        for place, worker in enumerate(self._workers):
+            if self._waiting and not worker.is_busy:
+                if self._give(worker, self._waiting[0]):
+                    self._waiting.popleft()
+                else:
+                    self._replace(place)
+
+    def _give(self, worker: Worker, number: int) -> bool:
         """False if the worker ended while it had nothing to do (the kernel's memory killer, say)."""
         try:
-            worker.connection.send(tasks[number])
+            worker.connection.send(self._tasks[number])
         except OSError:
             return False
         worker.task, worker.deadline = number, time.monotonic() + self._timeout_s
         return True
 
-    def _look(self, verdicts: list[list[float] | Failed | None]) -> None:
-        """Wait for the next answer or the next deadline, and take in what came."""
+    def _look(self, at_most_s: float = float("inf")) -> None:
+        """Wait for the next answer or the next deadline, or no longer than told, and take in what came."""
         busy = [worker for worker in self._workers if worker.is_busy]
         if not busy:
             return
         remaining = min(worker.deadline for worker in busy) - time.monotonic()
-        spoken = wait([worker.connection for worker in busy], max(0.0, remaining))
+        spoken = wait([worker.connection for worker in busy], max(0.0, min(remaining, at_most_s)))
         for place, worker in enumerate(self._workers):
             if worker.connection in spoken:
-                self._take(place, verdicts)
+                self._take(place)
             elif worker.is_busy and time.monotonic() > worker.deadline:
                 limit = START_TIMEOUT_S if worker.task is None else self._timeout_s
-                self._fail(place, f"took longer than {limit} s", verdicts)
+                self._fail(place, f"took longer than {limit} s")
         self._beat()
 
-    def _take(self, place: int, verdicts: list[list[float] | Failed | None]) -> None:
+    def _take(self, place: int) -> None:
         worker = self._workers[place]
         try:
             answer = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(END_TIMEOUT_S)
-            self._fail(place, f"ended with exit code {worker.process.exitcode}", verdicts)
+            self._fail(place, f"ended with exit code {worker.process.exitcode}")
             return
         if worker.task is not None:
-            verdicts[worker.task], worker.task = answer, None
+            self._verdicts[worker.task], worker.task = answer, None
         elif answer is not None:
             raise ConfigError(answer)
         worker.ready = True
 
-    def _fail(self, place: int, what: str, verdicts: list[list[float] | Failed | None]) -> None:
+    def _fail(self, place: int, what: str) -> None:
         worker = self._workers[place]
         if worker.task is None:
             raise RuntimeError(f"a reward worker {what} before it had loaded {', '.join(self._paths)}")
-        verdicts[worker.task] = Failed(" or ".join(self._paths), f"the worker {what}")
+        self._verdicts[worker.task] = Failed(" or ".join(self._paths), f"the worker {what}")
         self._replace(place)
 
     def _replace(self, place: int) -> None:

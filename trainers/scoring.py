@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rollout import RolloutBatch
+from rollout import OnStep, Rollout, RolloutBatch
 from trainers.across_ranks import sum_over_ranks
 from trainers.config import RewardConfig
 from trainers.data import Example
@@ -30,26 +30,33 @@ class Scores:
         total: (batch,) float32, the weighted sum that is trained on.
         parts: by the function's name, (batch,) float32, unweighted; without functions of the user's own, none.
         failed: (batch,) bool; True where a function failed: total and parts are then 0.
+        early: of the verdicts, how many were there when the last response was; None where no worker could have been
+            at work meanwhile.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
     failed: np.ndarray
+    early: int | None = None
 
     def metrics(self) -> dict[str, float]:
-        """reward/failed and each reward/NAME_mean, over all responses of all ranks: a collective."""
-        columns = [np.ones(len(self.total)), self.failed, *self.parts.values()]
-        count, failed, *sums = sum_over_ranks(torch.tensor([float(column.sum()) for column in columns])).tolist()
+        """reward/failed, each reward/NAME_mean and, with workers, reward/overlapped_fraction.
+
+        Over all responses of all ranks: a collective.
+        """
+        columns = [np.ones(len(self.total)), self.failed, np.array(self.early or 0), *self.parts.values()]
+        count, failed, early, *sums = sum_over_ranks(torch.tensor([float(column.sum()) for column in columns])).tolist()
         means = {f"reward/{name}_mean": total / count for name, total in zip(self.parts, sums, strict=True)}
-        return {"reward/failed": failed} | means
+        overlapped = {} if self.early is None else {"reward/overlapped_fraction": early / count}
+        return {"reward/failed": failed} | means | overlapped
 
 
 def join_scores(scores: Sequence[Scores]) -> Scores:
     """Those of several batches as one; at least one, all by one Scorer."""
     parts = {name: np.concatenate([each.parts[name] for each in scores]) for name in scores[0].parts}
-    return Scores(
-        np.concatenate([each.total for each in scores]), parts, np.concatenate([each.failed for each in scores])
-    )
+    total, failed = (np.concatenate([getattr(each, name) for each in scores]) for name in ("total", "failed"))
+    early = None if scores[0].early is None else sum(each.early or 0 for each in scores)
+    return Scores(total, parts, failed, early)
 
 
 class Scorer:
@@ -88,23 +95,11 @@ class Scorer:
         Raises:
             RewardError: if a function failed and config.on_error is raise.
         """
-        ids = [rollout.response_ids.tolist() for rollout in rollouts]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rows = [row for row, finished in enumerate(rollouts.finished) if finished or not self._config.require_finish]
-        tasks = [self._task(rollouts, row, texts[row], examples) for row in rows]
-        values = np.zeros((len(rollouts), len(self._config.paths)))
-        failed = np.zeros(len(rollouts), bool)
-        for row, task, verdict in zip(rows, tasks, self._judge(tasks), strict=True):
-            if not isinstance(verdict, Failed):
-                values[row] = verdict
-            elif self._config.on_error == "raise":
-                raise RewardError(_story(verdict, task))
-            else:
-                failed[row] = True
-        total = values @ np.array(self._config.weights or [1.0] * values.shape[1])
-        names = self._config.names if self._config.functions else []
-        parts = {name: values[:, column].astype(np.float32) for column, name in enumerate(names)}
-        return Scores(total.astype(np.float32), parts, failed)
+        return self.begin(examples).finish(rollouts)
+
+    def begin(self, examples: Sequence[Example]) -> "Scoring":
+        """Of a phase that has yet to be generated; nothing else is scored until it is finished."""
+        return Scoring(self._config, self._tokenizer, examples, self._pool, self._judge_here)
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
@@ -117,20 +112,82 @@ class Scorer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _judge(self, tasks: Sequence[Task]) -> list[list[float] | Failed]:
-        if self._pool is not None:
-            return self._pool.judge(tasks)
-        verdicts = []
-        for task in tasks:
-            verdicts.append(judge(self._functions, task))
-            self._beat()
-        return verdicts
+    def _judge_here(self, task: Task) -> list[float] | Failed:
+        verdict = judge(self._functions, task)
+        self._beat()
+        return verdict
 
-    @staticmethod
-    def _task(rollouts: RolloutBatch, row: int, text: str, examples: Sequence[Example]) -> Task:
-        example = examples[rollouts.prompt_index[row]]
-        sample = Sample(example.text, bool(rollouts.finished[row]), int(rollouts.response_lengths[row]))
-        return Task(text, example.answer, sample)
+
+class Scoring:
+    """The scores of one phase of generation: with workers begun while it lasts, without them when it has ended.
+
+        scoring = scorer.begin(examples)
+        rollouts = engine.generate(prompts, on_step=scoring.on_step)
+        scores = scoring.finish(rollouts)
+
+    Made by `Scorer.begin`.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        examples: Sequence[Example],
+        pool: RewardPool | None,
+        judge_here: Callable[[Task], list[float] | Failed],
+    ) -> None:
+        self._config, self._tokenizer, self._examples = config, tokenizer, examples
+        self._pool, self._judge_here = pool, judge_here
+        self._tasks: dict[int, Task] = {}
+        self._judged = 0
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """For `generate`; None without workers, which alone can score while it runs."""
+        return None if self._pool is None else self._take
+
+    def finish(self, rollouts: RolloutBatch) -> Scores:
+        """The scores of all responses of this rank; see `Scorer.score`."""
+        early = None if self._pool is None else self._judged
+        self._begin([(row, rollout) for row, rollout in enumerate(rollouts) if row not in self._tasks])
+        values = np.zeros((len(rollouts), len(self._config.paths)))
+        failed = np.zeros(len(rollouts), bool)
+        verdicts = dict(zip(self._tasks, self._verdicts(), strict=True))
+        for row in sorted(verdicts):
+            verdict = verdicts[row]
+            if not isinstance(verdict, Failed):
+                values[row] = verdict
+            elif self._config.on_error == "raise":
+                raise RewardError(_story(verdict, self._tasks[row]))
+            else:
+                failed[row] = True
+        total = values @ np.array(self._config.weights or [1.0] * values.shape[1])
+        names = self._config.names if self._config.functions else []
+        parts = {name: values[:, column].astype(np.float32) for column, name in enumerate(names)}
+        return Scores(total.astype(np.float32), parts, failed, early)
+
+    def _take(self, ended: Sequence[tuple[int, Rollout]]) -> None:
+        assert self._pool is not None
+        self._begin(ended)
+        self._judged = self._pool.poll()
+
+    def _begin(self, ended: Sequence[tuple[int, Rollout]]) -> None:
+        """Note the tasks, and give them to the workers, if there are any."""
+        for row, rollout in ended:
+            finished = rollout.finish_reason == "stop"
+            if finished or not self._config.require_finish:
+                (text,) = self._tokenizer.batch_decode([rollout.response_ids.tolist()], skip_special_tokens=True)
+                example = self._examples[rollout.prompt_index]
+                sample = Sample(example.text, finished, len(rollout.response_ids))
+                self._tasks[row] = Task(text, example.answer, sample)
+                if self._pool is not None:
+                    self._pool.submit(self._tasks[row])
+
+    def _verdicts(self) -> list[list[float] | Failed]:
+        """In the order of the tasks."""
+        if self._pool is not None:
+            return self._pool.collect()
+        return [self._judge_here(task) for task in self._tasks.values()]
 
 
 def _story(failed: Failed, task: Task) -> str:

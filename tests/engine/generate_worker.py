@@ -7,12 +7,13 @@ import json
 import random
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rollout import RolloutConfig, RolloutEngine, SamplingConfig, init_world
+from rollout import RolloutBatch, RolloutConfig, RolloutEngine, SamplingConfig, init_world
 from rollout.throughput import overlap_fraction
 from tests.engine.trainer_state import changes, digest, trainer_state
 
@@ -37,7 +38,14 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
     result: dict = {"describe": engine.describe(), "phases": {}}
     share = NUM_SEQUENCES // engine.world.size
     for name, sampling in samplings.items():
-        batch = engine.generate(prompts(engine.world.rank, share // sampling.n, sampling.n), sampling)
+        steps: list[list] = []
+        # By the last rank alone: what one rank does beside it is nothing to the others.
+        on_step = (
+            (lambda ended, steps=steps: steps.append(list(ended)))
+            if engine.world.rank == engine.world.size - 1
+            else None
+        )
+        batch = engine.generate(prompts(engine.world.rank, share // sampling.n, sampling.n), sampling, on_step=on_step)
         collected = engine._collected
         result["phases"][name] = {
             "group": engine.digest(),
@@ -49,6 +57,7 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
             "overlap": overlap_fraction(engine.timeline),
             "computed_tokens": int(engine.timeline.scheduled_tokens.sum()),
             "metrics": engine.metrics,
+            "told": told(steps, batch) if on_step else None,
         }
     engine.close()
     result["changed"] = changes(before, trainer_state())
@@ -56,6 +65,19 @@ def run(model: str, config: RolloutConfig, samplings: dict[str, SamplingConfig])
     # The segments are named after the process id of rank 0: one of this process or of its parent's other children.
     result["shared_memory_left"] = [path.name for path in Path("/dev/shm").glob("*rollout-*")]
     return result
+
+
+def told(steps: list[list], batch: RolloutBatch) -> dict:
+    """Whether `on_step` was told each row once, as the batch has it; and in how many of its calls anything."""
+    ended = [row for step in steps for row, _ in step]
+    return {
+        "each_once": sorted(ended) == list(range(len(batch))),
+        "as_in_the_batch": all(
+            repr(asdict(rollout)) == repr(asdict(batch[row])) for step in steps for row, rollout in step
+        ),
+        "calls": len(steps),
+        "calls_with_rows": sum(map(bool, steps)),
+    }
 
 
 def main() -> None:

@@ -56,6 +56,16 @@ def test_each_rank_gets_its_own_share(ranks: list[dict]) -> None:
     assert counted == {phases[0]["tokens"] + phases[1]["tokens"]}
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_responses_are_told_as_they_end(ranks: list[dict], scenario: str) -> None:
+    for name, phase in ranks[1][scenario]["phases"].items():
+        told = phase["told"]
+        assert told["each_once"] and told["as_in_the_batch"]
+        assert told["calls"] >= SAMPLINGS[name].max_tokens
+        if name == "sampled":  # some end by themselves, before the others
+            assert told["calls_with_rows"] > 1
+
+
 def test_samples_of_one_prompt_differ(ranks: list[dict]) -> None:
     assert ranks[0]["asynchronous"]["phases"]["groups"]["distinct_in_first_group"] == 4
 

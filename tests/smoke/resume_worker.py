@@ -28,7 +28,7 @@ from trainers.cli import run_cli
 from trainers.config import Experiment, GRPOConfig, PPOConfig
 from trainers.grpo import train_grpo
 from trainers.ppo import train_ppo
-from trainers.scoring import Scorer, Scores
+from trainers.scoring import Scores, Scoring
 
 SCRIPTS: dict[str, tuple[type[Experiment], Callable[[Any], Path]]] = {
     "ppo": (PPOConfig, train_ppo),
@@ -112,7 +112,7 @@ BREAKS: dict[str, Callable[[], None]] = {
 def main() -> None:
     algorithm, rows, seconds, broken = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     config_class, train = SCRIPTS[algorithm]
-    Scorer.score = noisy(Scorer.score)
+    Scoring.finish = noisy(Scoring.finish)
 
     def run(config: Any) -> None:
         BREAKS[broken]()

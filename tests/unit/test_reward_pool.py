@@ -134,3 +134,38 @@ def test_closing_ends_workers_and_a_second_time_does_nothing(pool):
     pool.close()
     pool.close()
     assert not any(worker.is_running() for worker in workers)
+
+
+def test_what_is_submitted_is_judged_while_this_process_does_something_else(pool):
+    texts = ["sleep 0.2", "x", "sleep 0.1", "xx", "sleep 0.15"]
+    for text in texts:
+        pool.submit(task(text))
+    began, found = time.monotonic(), []
+    while not found or found[-1] < len(texts):
+        found.append(pool.poll())
+        time.sleep(0.01)
+        assert time.monotonic() - began < 20
+    assert found == sorted(found)
+    before = time.monotonic()
+    assert pool.collect() == [[float(len(text))] for text in texts]
+    assert time.monotonic() - before < 0.1, "all of them were there"
+    assert judge(pool, "abc") == [[3.0]], "numbered anew"
+
+
+def test_a_tasks_time_counts_from_its_start_not_from_its_submission(pool):
+    for text in ["sleep 0.7"] * 4:  # two workers, 1 s a task: the second two start at 0.7
+        pool.submit(task(text))
+    assert pool.collect() == [[9.0]] * 4
+
+
+def test_a_hung_or_dead_worker_is_seen_and_replaced_while_polling(pool):
+    for text in ("stuck", "die", "x", "xx"):
+        pool.submit(task(text))
+    deadline = time.monotonic() + 60
+    while pool.poll() < 4:
+        time.sleep(0.05)
+        assert time.monotonic() < deadline
+    hung, died, *others = pool.collect()
+    assert isinstance(hung, Failed) and "took longer than 1.0 s" in hung.reason
+    assert isinstance(died, Failed) and "ended with exit code 3" in died.reason
+    assert others == [[1.0], [2.0]]

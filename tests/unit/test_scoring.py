@@ -1,5 +1,6 @@
 """What a response is given: by which functions, with which weights, and when one of them fails."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +173,39 @@ def test_what_cannot_be_is_refused(given, words):
 def test_the_names_are_explained_in_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert "\n| `reward/failed`" in page and "\n| `reward/NAME_mean`" in page
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scores_begun_while_responses_come_are_those_of_all_at_once(tokenizer, functions, workers):
+    config = RewardConfig(functions=[f"{functions}:length", f"{functions}:odd"], on_error="zero", workers=workers)
+    texts = ["is 7.", "boom", "is 8.", "seven", "a nan"]
+    batch, examples = rollouts(tokenizer, texts, [True] * len(texts), [0] * len(texts)), examples_of("7")
+    with Scorer(config, tokenizer) as scorer:
+        expected = scorer.score(batch, examples)
+        for order in ([3, 0, 4, 2, 1], [0, 1], []):  # what ended while generate ran, in this order; the rest came last
+            scoring = scorer.begin(examples)
+            assert (scoring.on_step is None) == (workers == 0)
+            for row in order if workers else []:
+                scoring.on_step([(row, batch[row])])
+                scoring.on_step([])
+            wait_until(lambda scoring=scoring, order=order: workers == 0 or judged(scoring) == len(order))
+            scores = scoring.finish(batch)
+            assert scores.total.tobytes() == expected.total.tobytes()
+            assert scores.failed.tolist() == expected.failed.tolist()
+            assert {name: part.tolist() for name, part in scores.parts.items()} == {
+                name: part.tolist() for name, part in expected.parts.items()
+            }
+            overlapped = scores.metrics().get("reward/overlapped_fraction")
+            assert overlapped == (len(order) / len(batch) if workers else None)
+
+
+def judged(scoring) -> int:
+    scoring.on_step([])
+    return scoring._judged
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
