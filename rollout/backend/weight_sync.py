@@ -19,6 +19,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_world_group
 from vllm.v1.worker.worker_base import WorkerBase
 
+from rollout.adapters import LoraWeight, Weight
 from rollout.backend.shard_exchange import (
     BUCKET_BYTES,
     Channel,
@@ -34,7 +35,7 @@ from rollout.backend.weight_check import PROBES, Filled, differs, filled, strips
 from rollout.backend.worker import load_policy_weights
 from rollout.weights import StaleWeights
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Weight]
 
 Layout = tuple[tuple, ...]
 """Names and shapes of a policy's parameters, and how each is spread over the ranks."""
@@ -102,8 +103,7 @@ class WeightSync:
         self._plan = plan
         if self._plan is not None:
             self._next_check = self._plan.check(weights, self._next_check, CHECKED_LAYERS)
-        num_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
-        return Loaded(num_bytes, self._plan is not None)
+        return Loaded(sum(map(num_bytes_of, weights.values())), self._plan is not None)
 
     def check(self, weights: Weights) -> None:
         """Compare everything that the engine holds with the policy.
@@ -143,10 +143,19 @@ class WeightSync:
 
 def layout_of(weights: Weights) -> Layout:
     """By parameter: name, shape, and of a sharded one the ranks' mesh and what is done along each of its dimensions."""
-    return tuple(
-        (name, weight.shape, (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None)
-        for name, weight in weights.items()
-    )
+    return tuple((name, weight.shape, spread(weight)) for name, weight in weights.items())
+
+
+def spread(weight: Weight) -> Any:
+    """How a parameter lies on the ranks; None where each has it whole. One under adapters is merged whole on each."""
+    if isinstance(weight, LoraWeight):
+        return "merged"
+    return (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None
+
+
+def num_bytes_of(weight: Weight) -> int:
+    """That are read of it."""
+    return weight.num_bytes if isinstance(weight, LoraWeight) else weight.numel() * weight.element_size()
 
 
 def first_of_ranks(reason: str | None) -> str | None:
@@ -237,7 +246,10 @@ class PlannedSync:
             of_ranks: list[list[list[Filled]]] = [[[] for _ in self._filled]] * self.channel.size
             of_ranks[self.channel.rank] = self._filled
             if any(isinstance(weight, DTensor) for weight in weights.values()):
-                held = {name: held_box(weight) for name, weight in weights.items()}
+                held = {
+                    name: None if isinstance(weight, LoraWeight) else held_box(weight)
+                    for name, weight in weights.items()
+                }
                 everyones = self.channel.tell((held, self._filled))
                 holders = find_holders(
                     [each[0] for each in everyones], {name: each.shape for name, each in weights.items()}
@@ -334,16 +346,24 @@ def needed(layers: Sequence[Sequence[Filled]], firsts: Sequence[int | None] | No
     ]
 
 
-def parts(weights: Weights, whole: Weights) -> Callable[[str], torch.Tensor]:
+def parts(weights: Weights, whole: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
     """This rank's part of each parameter: that in `whole`, where it is there, or else the shard."""
-    return lambda name: whole[name] if name in whole else local_part(weights[name])
+
+    def part(name: str) -> torch.Tensor:
+        if name in whole:
+            return whole[name]
+        weight = weights[name]
+        assert isinstance(weight, torch.Tensor), "what adapters change has no holders"
+        return local_part(weight)
+
+    return part
 
 
 def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, torch.Tensor]) -> None:
     """Put into `whole` what a layer is filled from and is not sent in pieces, and nothing else.
 
     Sharded ones are gathered, which all ranks do together; in the engine's dtype, so that no more travels than the
-    engine takes.
+    engine takes. Those under adapters are merged: what that needs beside the policy is one layer's memory.
     """
     whole.clear()
     dtypes = {getattr(layer.module, target).dtype for target in layer.shapes}
@@ -352,8 +372,10 @@ def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, to
             whole[name] = whole_weight(weights[name], *(dtypes if len(dtypes) == 1 else [weights[name].dtype]))
 
 
-def whole_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A sharded parameter gathered, in `dtype`; any other one as it is."""
+def whole_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A sharded parameter gathered, or one under adapters merged, in `dtype`; any other one as it is."""
+    if isinstance(weight, LoraWeight):
+        return weight.merged(dtype)
     if isinstance(weight, DTensor):
         weight = weight.to(dtype)
         assert isinstance(weight, DTensor)
@@ -366,13 +388,13 @@ def pack(module: Any) -> None:
     module.quant_method.process_weights_after_loading(module)
 
 
-class Negated(Mapping[str, torch.Tensor]):
+class Negated(Mapping[str, Weight]):
     """Weights of the other sign, made when asked for."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Weight:
         return -self._weights[name]
 
     def __iter__(self) -> Iterator[str]:
