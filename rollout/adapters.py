@@ -66,22 +66,26 @@ class LoraWeight:
         return replace(self, sign=-self.sign)
 
     @torch.no_grad()
-    def merged(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole matrix, in new memory: computed in `self.dtype`, and rounded once.
+    def merged(self, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole matrix in `dtype`; in the order of PEFT's own merge, so in float32 the same to its last bit.
 
-        In the order of PEFT's own merge: in float32 to its last bit.
+        Args:
+            memory: (elements of the matrix,) in `dtype`, to be taken for it; None takes new memory.
 
         >>> adapter = Adapter(2.0, a=torch.tensor([[1.0, 0.0]]), b=torch.tensor([[0.5]]), transposed=False)
-        >>> LoraWeight(torch.tensor([[3.0, 4.0]]), (adapter,)).merged(torch.bfloat16)
-        tensor([[4., 4.]], dtype=torch.bfloat16)
+        >>> LoraWeight(torch.tensor([[3.0, 4.0]]), (adapter,)).merged()
+        tensor([[4., 4.]])
         """
         total = whole(self.base)
-        with torch.autocast(total.device.type, enabled=False):
-            for adapter in self.adapters:
-                product = whole(adapter.b).to(self.dtype) @ whole(adapter.a).to(self.dtype)
-                # The product's own memory takes the sum: the base, and its dtype, are left alone.
-                total = (product.T if adapter.transposed else product).mul_(adapter.scaling).add_(total)
-        return (total if self.sign > 0 else total.neg_()).to(dtype)
+        for adapter in self.adapters:
+            b, a = (whole(factor).to(self.dtype) for factor in (adapter.b, adapter.a))
+            out = None if memory is None else memory.view(b.shape[0], a.shape[1])
+            with torch.autocast(b.device.type, enabled=False):
+                product = torch.mm(b, a, out=out)
+            # The product's own memory takes the sum: the base, and its dtype, are left alone.
+            total = (product.T if adapter.transposed else product).mul_(adapter.scaling).add_(total)
+            memory = None  # of the first alone
+        return total if self.sign > 0 else total.neg_()
 
 
 Weight = torch.Tensor | LoraWeight

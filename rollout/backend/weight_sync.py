@@ -9,6 +9,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ Weights = Mapping[str, Weight]
 Layout = tuple[tuple, ...]
 """Names and shapes of a policy's parameters, and how each is spread over the ranks."""
 
+MEMORY_ALIGNMENT = 64
+"""Bytes; as torch's own memory, so that a product in it is computed in the same way."""
 CHECKED_LAYERS = 4
 """Of a sync, in turn: within a twentieth of its time (docs/results.md)."""
 
@@ -211,7 +215,7 @@ class PlannedSync:
     def load(self, weights: Weights) -> None:
         """Replace the weights, all of them. For a sharded policy all ranks do it together."""
         route = self._route(weights)
-        whole: dict[str, torch.Tensor] = {}
+        whole = Whole()
         run = route.exchange.run(parts(weights, whole))
         for layer in self.layers:
             step = self._steps[id(layer)]
@@ -291,9 +295,9 @@ class PlannedSync:
 
     def _whole(self, weights: Weights, turns: range) -> Iterator[torch.Tensor]:
         """What the policy has in each strip of whole layers; not by a sync's way, which may have gone wrong."""
+        whole = Whole()
         for step in turns:
             layer = self.layers[step % len(self.layers)]
-            whole: dict[str, torch.Tensor] = {}
             gather(layer, weights, {}, whole)
             for each in self._filled[step % len(self.layers)]:
                 yield from (whole[strip.source][strip.source_box] for strip in strips(each, None))
@@ -307,7 +311,7 @@ class PlannedSync:
             torch.empty([side.stop - side.start for side in need.box], dtype=need.dtype, device=self._device)
             for need in needs[self.channel.rank]
         ]
-        whole: dict[str, torch.Tensor] = {}
+        whole = Whole()
         run = Exchange(route.holders, needs, sent, self.channel).run(parts(weights, whole))
         for number, step in enumerate(steps):
             gather(self.layers[step], weights, route.holders, whole)
@@ -359,7 +363,28 @@ def parts(weights: Weights, whole: Mapping[str, torch.Tensor]) -> Callable[[str]
     return part
 
 
-def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, torch.Tensor]) -> None:
+class Whole(dict[str, torch.Tensor]):
+    """What fills one layer and is there whole, by name; `gather` replaces it by the next layer's.
+
+    What is merged takes the same memory for each layer: new pages would cost more than the merge.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def merge(self, weights: Mapping[str, LoraWeight]) -> None:
+        """Put matrices under adapters in, each in the dtype that it is computed in."""
+        sizes = [prod(weight.shape) * weight.dtype.itemsize for weight in weights.values()]
+        starts = [0, *accumulate(-(-size // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for size in sizes)]
+        if self._memory.numel() < starts[-1]:
+            device = next(iter(weights.values())).base.device
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        for (name, weight), start, size in zip(weights.items(), starts, sizes, strict=False):
+            self[name] = weight.merged(self._memory[start : start + size].view(weight.dtype))
+
+
+def gather(layer: Layer, weights: Weights, holders: Holders, whole: Whole) -> None:
     """Put into `whole` what a layer is filled from and is not sent in pieces, and nothing else.
 
     Sharded ones are gathered, which all ranks do together; in the engine's dtype, so that no more travels than the
@@ -367,15 +392,20 @@ def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, to
     """
     whole.clear()
     dtypes = {getattr(layer.module, target).dtype for target in layer.shapes}
+    adapted = {}
     for name in layer.sources:
-        if name not in holders:
-            whole[name] = whole_weight(weights[name], *(dtypes if len(dtypes) == 1 else [weights[name].dtype]))
+        weight = weights[name]
+        if isinstance(weight, LoraWeight):
+            adapted[name] = weight
+        elif name not in holders:
+            whole[name] = whole_weight(weight, *(dtypes if len(dtypes) == 1 else [weight.dtype]))
+    whole.merge(adapted)
 
 
 def whole_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """A sharded parameter gathered, or one under adapters merged, in `dtype`; any other one as it is."""
+    """A sharded parameter gathered, in `dtype`; one under adapters merged, any other one as it is."""
     if isinstance(weight, LoraWeight):
-        return weight.merged(dtype)
+        return weight.merged()
     if isinstance(weight, DTensor):
         weight = weight.to(dtype)
         assert isinstance(weight, DTensor)

@@ -43,8 +43,8 @@ def trained(policy: nn.Module) -> nn.Module:
     return policy
 
 
-def merged(weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return weight.merged(dtype or weight.dtype) if isinstance(weight, LoraWeight) else weight
+def merged(weight: Weight) -> torch.Tensor:
+    return weight.merged() if isinstance(weight, LoraWeight) else weight
 
 
 def sent(policy: nn.Module) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def test_a_half_precision_base_is_rounded_once(dtype: torch.dtype) -> None:
     policy = adapted(llama(dtype=dtype))
     theirs = by_peft(policy)
     for name, weight in named_weights(policy):
-        assert torch.equal(merged(weight, dtype), theirs[name]), name
+        assert torch.equal(merged(weight).to(dtype), theirs[name]), name
         if isinstance(weight, LoraWeight):
             (adapter,) = weight.adapters
             exact = weight.base.double() + adapter.scaling * adapter.b.double() @ adapter.a.double()
@@ -156,7 +156,7 @@ def test_under_autocast_the_merge_stays_in_float32() -> None:
 def test_the_sign_comes_last() -> None:
     policy = adapted(llama())
     weight = dict(named_weights(policy))[f"{Q}.weight"]
-    assert torch.equal((-weight).merged(torch.bfloat16), -weight.merged(torch.bfloat16))
+    assert torch.equal((-weight).merged(), -weight.merged())
 
 
 class Largest(TorchDispatchMode):
@@ -179,8 +179,11 @@ def test_nothing_is_computed_before_it_is_read_and_then_one_matrix() -> None:
         computed = [each for each in weights.values() if isinstance(each, LoraWeight)]
     assert len(computed) == 14 and largest.elements <= max(each.numel() for each in policy.parameters())
     with Largest() as largest:
-        computed[0].merged(torch.float32)
+        new = computed[0].merged()
     assert largest.elements == computed[0].shape.numel()
+    memory = torch.empty(computed[0].shape.numel())
+    given = computed[0].merged(memory)
+    assert given.data_ptr() == memory.data_ptr() and torch.equal(given, new)
 
 
 def test_bytes_are_those_of_base_and_factors() -> None:
