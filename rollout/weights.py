@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rollout.adapters import LoraWeight, Weight, has_adapters, merged_weights, unwrapped
+from rollout.adapters import LoraWeight, Weight, has_adapters, merged_weights, unwrapped, whole
 
 
 class StaleWeights(RuntimeError):
@@ -75,16 +75,16 @@ def empty_prefix_cache(core: Any) -> None:
         raise RuntimeError("the prefix cache still holds blocks of running requests: wait until generate has returned")
 
 
-def merged_state(policy: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What `sync_weights` sends of a policy with adapters, in one dtype: as a checkpoint of the merged model.
+def merged_state(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `sync_weights` sends of a policy with adapters, whole and in one dtype: a checkpoint of the merged model.
+
+    Of a sharded policy all ranks take the same of it, together.
 
     Raises:
         ValueError: if an adapter cannot be merged.
     """
-    return {
-        name: (weight.merged() if isinstance(weight, LoraWeight) else weight).to(dtype)
-        for name, weight in named_weights(policy)
-    }
+    for name, weight in named_weights(policy):
+        yield name, (weight.merged() if isinstance(weight, LoraWeight) else whole(weight)).to(dtype)
 
 
 def named_weights(policy: nn.Module) -> Iterator[tuple[str, Weight]]:

@@ -19,7 +19,7 @@ def export_policy(
         dtype: of the written weights, "float32", "bfloat16" or "float16".
     """
     if has_adapters(language_model):
-        state = merged_state(language_model, getattr(torch, dtype))
+        state = dict(merged_state(language_model, getattr(torch, dtype)))
         save_adapter(folder / "adapter", language_model)
     else:
         state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in language_model.state_dict().items()}

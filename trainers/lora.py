@@ -88,9 +88,9 @@ def target_layers(language_model: PreTrainedModel, wanted: list[str]) -> list[st
 
 
 @contextmanager
-def without_adapters(language_model: PreTrainedModel) -> Iterator[None]:
+def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the one that it was before adapters were put in; one that has none stays as it is."""
-    layers = [module for module in language_model.modules() if "base_layer" in module._modules]
+    layers = [module for module in model.modules() if "base_layer" in module._modules]
     try:
         for layer in layers:
             layer.enable_adapters(False)  # type: ignore[operator]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rollout import beat
 from trainers.batching import TrainBatch, unpack
+from trainers.lora import without_adapters
 from trainers.packing import microbatches
 from trainers.policy import Policy, reference_logprobs
 
@@ -31,7 +32,8 @@ def no_grad_pass(
         batch: this rank's.
         policy: before the step's first update, on the batch's device, not wrapped in DDP: ranks may need different
             numbers of micro-batches, and DDP's forward may synchronise.
-        reference: frozen, on the same device; a policy with adapters may be its own. None without a KL penalty.
+        reference: frozen, on the same device; it counts without its adapters, so that a policy's own model can be its
+            reference. None without a KL penalty.
         temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
         token_budget: tokens of one pass; more than in training fits, since nothing is kept.
         logprobs: False leaves out the policy's log-probs.
@@ -54,7 +56,8 @@ def no_grad_pass(
                 if values:
                     _store(found, "values", rows, output.values, part.response_mask, batch)
             if reference is not None:
-                packed = reference_logprobs(reference, part, temperature)
+                with without_adapters(reference):
+                    packed = reference_logprobs(reference, part, temperature)
                 _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
             beat()
     return replace(batch, **found)

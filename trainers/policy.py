@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from trainers.batching import TrainBatch
 from trainers.config import LoraConfig
 from trainers.logprobs import token_logprobs
-from trainers.lora import add_adapters, without_adapters
+from trainers.lora import add_adapters
 from trainers.packing import pack_if_possible, packs, response_hidden_states
 
 
@@ -119,12 +119,8 @@ class Policy(nn.Module):
 
 
 def reference_logprobs(reference: PreTrainedModel, rows: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
-    """The frozen reference's log-probs of the response tokens; arguments and result as of `Policy.forward`.
-
-    Of a policy with adapters the reference is the same model without them: there is no second one.
-    """
-    with without_adapters(reference):
-        hidden = response_hidden_states(reference, rows)
+    """The frozen reference's log-probs of the response tokens; arguments and result as of `Policy.forward`."""
+    hidden = response_hidden_states(reference, rows)
     return token_logprobs(hidden, reference.get_output_embeddings().weight, rows.targets, temperature)[0]
 
 
