@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rollout.failure import Watch, beat, watched
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, write_trace
-    from rollout.weights import StaleWeights, SyncReport
+    from rollout.weights import StaleWeights, SyncReport, merged_state
     from rollout.world import World, init_world
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "init_world",
     "merge_groups",
     "merge_traces",
+    "merged_state",
     "overlap_fraction",
     "watched",
     "write_trace",
@@ -50,6 +51,7 @@ _LAZY = {
     "init_world": "rollout.world",
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
+    "merged_state": "rollout.weights",
     "overlap_fraction": "rollout.throughput",
     "watched": "rollout.failure",
     "write_trace": "rollout.trace",

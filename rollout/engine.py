@@ -11,6 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from rollout.adapters import check_adapters
 from rollout.agreement import EXPLANATION_TIMEOUT_S, Agreement
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.driver import Collected, Phase, drive
@@ -156,16 +157,19 @@ class RolloutEngine:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
 
         Args:
-            policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP or in FSDP2's
-                shards (`fully_shard`); the same on every rank.
+            policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP, in FSDP2's shards
+                (`fully_shard`) or under adapters of PEFT's LoRA, which are merged on the way, parameter by parameter;
+                the same on every rank.
             version: recorded by every rollout made from now on; at least 0.
 
         Raises:
-            ValueError: if the policy lacks a parameter that the engine has, or the version is negative.
+            ValueError: if the policy lacks a parameter that the engine has, the version is negative, or an adapter
+                cannot be merged (rollout/adapters.py; the engine stays usable then).
             RuntimeError: if the engine is closed, busy or broken by an earlier error.
         """
         if version < 0:
             raise ValueError(f"version is {version}; it must be at least 0")
+        check_adapters(policy)
         with self._fence.one_caller(), self._fence.busy("syncing weights"):
             self._core.executor.take_again("weights")
             report = sync_policy(self._core, policy, version)
@@ -180,8 +184,10 @@ class RolloutEngine:
 
         Raises:
             StaleWeights: names the first parameter that differs.
+            ValueError: if an adapter cannot be merged.
             RuntimeError: if nothing was synced yet, or not by a plan, or the weights were lost in the engine's sleep.
         """
+        check_adapters(policy)
         with self._fence.one_caller():
             self._check_weights_are_there()
             if not self._core.executor.sync_layers():

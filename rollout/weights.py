@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rollout.adapters import LoraWeight, Weight, has_adapters, merged_weights, unwrapped, whole
+
 
 class StaleWeights(RuntimeError):
     """After a sync the engine holds something else than the policy sent."""
@@ -47,8 +49,9 @@ def sync_policy(core: Any, policy: nn.Module, version: int) -> SyncReport:
 
     Args:
         core: `rollout.backend.core.Core`.
-        policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP or in
-            FSDP2's shards (`fully_shard`); the same on every rank. Any dtype: the engine casts to its own.
+        policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP, in FSDP2's shards
+            (`fully_shard`) or under adapters of PEFT's LoRA; the same on every rank. Any dtype: the engine casts to
+            its own.
         version: to be recorded by every rollout until the next sync.
 
     Raises:
@@ -72,14 +75,31 @@ def empty_prefix_cache(core: Any) -> None:
         raise RuntimeError("the prefix cache still holds blocks of running requests: wait until generate has returned")
 
 
-def named_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's parameters under their checkpoint names; tied ones once.
+def merged_state(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `sync_weights` sends of a policy with adapters, whole and in one dtype: a checkpoint of the merged model.
+
+    Of a sharded policy all ranks take the same of it, together.
+
+    Raises:
+        ValueError: if an adapter cannot be merged.
+    """
+    for name, weight in named_weights(policy):
+        yield name, (weight.merged() if isinstance(weight, LoraWeight) else whole(weight)).to(dtype)
+
+
+def named_weights(policy: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """The policy's parameters under their checkpoint names; tied ones once, and adapters merged (when they are read).
+
+    Raises:
+        ValueError: if an adapter cannot be merged (rollout/adapters.py).
 
     >>> list(named_weights(nn.Linear(2, 1, bias=False)))[0][0]
     'weight'
     """
-    if isinstance(policy, nn.parallel.DistributedDataParallel):
-        policy = policy.module
+    policy = unwrapped(policy)
+    if has_adapters(policy):
+        yield from merged_weights(policy)
+        return
     for name, parameter in policy.named_parameters():
         # Detaching a sharded one takes as long as copying a small layer: whoever reads its shard does without.
         yield name, parameter if isinstance(parameter, DTensor) else parameter.detach()

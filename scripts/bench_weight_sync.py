@@ -10,6 +10,7 @@ is done. Extra memory: the peak of the turn over what was resident before it, th
 """
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -24,6 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +51,7 @@ RANDOM: dict[str, Any] = {
 LABELS = {
     "ours": "sync_weights",
     "sharded": "sync_weights, the policy in FSDP2's shards",
+    "lora": "sync_weights, the policy under LoRA adapters of rank 16",
     "reload": "vLLM's reload_weights",
     "disk": "save a file and reload it",
     "floor": "a plain copy of the same bytes",
@@ -117,9 +120,11 @@ def make_systems(engine: RolloutEngine, policy: torch.nn.Module, scratch: Path) 
             target.copy_(source)
 
     sharded = in_shards(engine.model, policy)
+    adapted = under_adapters(policy)
     return {
         "ours": lambda: engine.sync_weights(policy, next(versions)),
         "sharded": lambda: engine.sync_weights(sharded, next(versions)),
+        "lora": lambda: engine.sync_weights(adapted, next(versions)),
         "reload": reload,
         "disk": disk,
         "floor": floor,
@@ -135,6 +140,13 @@ def in_shards(model: str, policy: torch.nn.Module) -> torch.nn.Module:
         fully_shard(layer)
     fully_shard(sharded)
     return sharded
+
+
+def under_adapters(policy: torch.nn.Module) -> torch.nn.Module:
+    """The same policy once more, with an adapter in every linear layer but the head; the same on all ranks."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(copy.deepcopy(policy), settings)
 
 
 def measure(

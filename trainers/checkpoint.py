@@ -3,7 +3,8 @@
     RUN/checkpoints/step-000040/          after 40 steps
         checkpoint.json                   an `About`: step, prompts drawn, ranks, config, the files and their sizes
         random.json                       the random generators of every rank
-        tensors/*.safetensors             policy, critic and optimizer, by torch.distributed.checkpoint
+        tensors/*.safetensors             what is trained of policy and critic, and the optimizer, by
+                                          torch.distributed.checkpoint
 
 Every rank writes its part of the tensors into step-000040.part, so the folder has to be on a disk that all ranks see.
 All of it is on the disk before the folder gets its name, and only then do older ones go. What carries another name is
@@ -278,13 +279,15 @@ def _state(
 ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
     """All tensors of both by name, to be written, or filled in place; and what takes them over after that.
 
-    A weight that two names share (a tied head) comes once. The optimizer's numbers that are no tensors (rates, betas)
+    What is frozen (under adapters) is the first model's, and is left out. A weight that two names share (a tied head)
+    comes once. The optimizer's numbers that are no tensors (rates, betas)
     are the config's, and stay. One that has made no update is left alone: asked for a state, torch would make one, and
     count an update.
     """
     of_model: dict[str, Any] = get_model_state_dict(policy, options=FLAT)
     of_optimizer: dict[str, Any] = get_optimizer_state_dict(policy, optimizer, options=FLAT) if updated else {}
-    names = {name for name, _ in policy.named_parameters()} | {name for name, _ in policy.named_buffers()}
+    names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    names |= {name for name, _ in policy.named_buffers()}
     tensors = {f"policy.{name}": tensor for name, tensor in of_model.items() if name in names}
     tensors |= {f"optimizer.{name}": value for name, value in of_optimizer.items() if isinstance(value, torch.Tensor)}
 

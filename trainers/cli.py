@@ -317,6 +317,7 @@ def _check_data(config: Experiment) -> str:
     from transformers import AutoTokenizer
 
     from trainers.held_out import load_data, load_evaluation_prompts
+    from trainers.lora import check_target_modules
     from trainers.reward_functions import load_functions
     from trainers.rewards import check_answers
 
@@ -326,6 +327,7 @@ def _check_data(config: Experiment) -> str:
         )
     except Exception as error:  # of many kinds: no such name, no network, a broken file
         raise ConfigError(f"model.path is {config.model.path!r}; its tokenizer cannot be loaded: {error}") from error
+    check_target_modules(config.model.path, config.lora)
     alone = isinstance(config, EvaluateConfig)
     examples, evaluated = ([], load_evaluation_prompts(config, tokenizer)) if alone else load_data(config, tokenizer)
     everything = [*examples, *evaluated]

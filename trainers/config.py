@@ -40,6 +40,47 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank, trained in place of the policy's own matrices (LoRA, arXiv 2106.09685).
+
+    A value head on the policy's trunk trains through the adapters; a critic of its own (ppo.critic) is trained whole.
+
+    Args:
+        rank: of the adapters; null has none and trains the whole policy.
+        alpha: a matrix W counts as W + alpha / rank * B @ A.
+        dropout: share of an adapter's inputs that the passes with gradient drop. Those without drop none, and are then
+            always made, so that the ratio starts from the policy that the engine sampled from; it is not 1 at first.
+        target_modules: the layers that get adapters, by the ends of their names, e.g. ["q_proj", "v_proj"]; [] takes
+            all linear layers but the head.
+
+    >>> LoraConfig(dropout=0.1)
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: lora.dropout is 0.1, but lora.rank is null, which trains the whole policy without \
+adapters; set lora.rank=16, say
+    """
+
+    rank: int | None = None
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_least("lora", self, {"rank": 1})
+        check_above_zero("lora", self, "alpha")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not all(self.target_modules):
+            raise ConfigError("lora.target_modules has an empty name; give ends of layers' names, or []")
+        for name, default in {"dropout": 0.0, "target_modules": []}.items():
+            if self.rank is None and getattr(self, name) != default:
+                raise ConfigError(
+                    f"lora.{name} is {getattr(self, name)}, but lora.rank is null, which trains the whole policy "
+                    "without adapters; set lora.rank=16, say"
+                )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The prompts and their answers.
 
@@ -334,6 +375,7 @@ class Experiment:
 
     Args:
         model: the policy to train
+        lora: adapters that are trained in place of the whole policy
         rollout: the engine that generates (vLLM inside the trainer's processes)
         sampling: how responses are drawn
         data: the prompts and their answers
@@ -349,6 +391,7 @@ class Experiment:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -387,6 +430,11 @@ class Experiment:
                 "checkpoint.resume is auto, which looks into the folder that run.name names, and run.name is null; set "
                 "run.name, or give the folder to resume"
             )
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """True if the trainer's log-probs are wanted before the first update: as the algorithm says, or undropped."""
+        return self.algorithm.needs_old_logprobs or self.lora.dropout > 0
 
     @property
     def max_prompt_tokens(self) -> int:

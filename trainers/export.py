@@ -5,17 +5,24 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rollout import merged_state
+from trainers.lora import has_adapters, save_adapter
+
 
 def export_policy(
     folder: Path, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
-    """Write weights, config and tokenizer.
+    """Write weights, config and tokenizer; of a policy with adapters the merged weights, and in `adapter` these alone.
 
     Args:
         folder: made if need be; what is in it is overwritten.
         dtype: of the written weights, "float32", "bfloat16" or "float16".
     """
-    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in language_model.state_dict().items()}
+    if has_adapters(language_model):
+        state = dict(merged_state(language_model, getattr(torch, dtype)))
+        save_adapter(folder / "adapter", language_model)
+    else:
+        state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in language_model.state_dict().items()}
     language_model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
@@ -37,12 +44,18 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: str | None = None) 
     from transformers import AutoTokenizer
 
     from trainers.checkpoint import read_about, read_tensors
+    from trainers.config import LoraConfig
     from trainers.policy import load_policy
 
     about = read_about(checkpoint)
     path = model or about.config["model"]["path"]
-    language_model = load_policy(path, about.config["model"]["dtype"]).language_model
-    tensors = {f"policy.language_model.{name}": weight.detach() for name, weight in language_model.named_parameters()}
+    lora = LoraConfig(**about.config.get("lora", {}))
+    language_model = load_policy(path, about.config["model"]["dtype"], lora=lora).language_model
+    tensors = {
+        f"policy.language_model.{name}": weight.detach()
+        for name, weight in language_model.named_parameters()
+        if weight.requires_grad
+    }
     read_tensors(checkpoint, tensors)  # in place
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     export_policy(folder, language_model, tokenizer, about.config["rollout"]["dtype"])

@@ -20,7 +20,8 @@ def train_grpo(config: GRPOConfig) -> Path:
 
 def load(config: GRPOConfig) -> Policy:
     """The policy alone."""
-    return load_policy(config.model.path, config.model.dtype, config.model.gradient_checkpointing)
+    model = config.model
+    return load_policy(model.path, model.dtype, model.gradient_checkpointing, lora=config.lora)
 
 
 def targets(batch: TrainBatch, config: GRPOConfig) -> TrainBatch:

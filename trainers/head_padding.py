@@ -4,7 +4,8 @@ Notation: q query heads, k key-value heads, d their size, r = q / k query heads 
 Query head i reads key-value head i // r. Whole groups (one key-value head with its r query heads) are added at
 the end, so every real query head keeps its key-value head. A padded head has zero rows in the q, k and v
 projections and zero columns in the output projection: it adds exactly 0 to the output, and since both its v and
-its o are zero, no gradient reaches it. Training leaves it at zero.
+its o are zero, no gradient reaches it. Training leaves it at zero. (LoRA's adapters do reach it: their products are not
+zero there. It is then one head more that learns.)
 
 So the logits are bit-identical, as long as the matrix library adds up the real columns of the output projection in
 the same order when zeros follow them. It does in bfloat16, and in float32 for SmolLM2's 9 heads of 64 and for small

@@ -32,7 +32,8 @@ class Learner:
     Attributes:
         policy: without DDP's wrapper: for the weight sync, and for passes without gradient.
         ddp: the same as the accelerator prepared it: for passes with gradient.
-        reference: the frozen first policy; None without a KL penalty.
+        reference: the frozen first policy, or the policy itself, which has adapters that can be switched off; None
+            without a KL penalty.
     """
 
     accelerator: Accelerator
@@ -49,7 +50,8 @@ def make_learner(config: Experiment, policy: Policy, device: torch.device) -> Le
         mixed_precision=config.model.autocast,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    groups = [{"params": list(policy.language_model.parameters()), "lr": config.optimizer.learning_rate}]
+    trained = [parameter for parameter in policy.language_model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "lr": config.optimizer.learning_rate}]
     if of_critic := policy.critic_parameters():
         value_learning_rate = config.optimizer.value_learning_rate or config.optimizer.learning_rate
         groups.append({"params": of_critic, "lr": value_learning_rate})
@@ -64,7 +66,9 @@ def make_learner(config: Experiment, policy: Policy, device: torch.device) -> Le
         group["initial_lr"] = group["lr"]
     ddp, optimizer = accelerator.prepare(policy, optimizer)
     reference = None
-    if config.algorithm.kl_coef:
+    if config.algorithm.kl_coef and config.lora.rank is not None:
+        reference = policy.language_model
+    elif config.algorithm.kl_coef:
         reference = load_reference(config.model.path, config.model.dtype)
         reference.to(device=device)  # type: ignore[call-arg]
     return Learner(accelerator, policy, ddp, optimizer, reference)

@@ -119,7 +119,7 @@ class _BlockwiseLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs, grad_entropies):
         x, head_weight, targets, shift, lse, entropies = ctx.saved_tensors
         grad_x = torch.zeros_like(x, dtype=lse.dtype)
-        grad_weight = torch.empty_like(head_weight)
+        grad_weight = torch.empty_like(head_weight) if ctx.needs_input_grad[1] else None  # frozen under adapters
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(lse)
         for weight, start, z in _logit_blocks(x, head_weight, shift, ctx.temperature, ctx.block):
@@ -135,7 +135,8 @@ class _BlockwiseLogprobs(torch.autograd.Function):
                 grad_z.div_(ctx.temperature)
             grad_logits = grad_z.to(x.dtype)
             grad_x += grad_logits.T @ weight
-            grad_weight[start : start + len(weight)] = grad_logits @ x
+            if grad_weight is not None:
+                grad_weight[start : start + len(weight)] = grad_logits @ x
         return grad_x.to(ctx.hidden_dtype), grad_weight, None, None, None, None, None
 
 

@@ -29,6 +29,7 @@ from trainers.evaluation import evaluate_and_show, is_due
 from trainers.export import export_policy
 from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
+from trainers.lora import check_target_modules
 from trainers.no_grad_pass import no_grad_pass
 from trainers.plots import plot_run
 from trainers.policy import Policy
@@ -66,6 +67,7 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     world = init_world()
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
+    check_target_modules(config.model.path, config.lora)
     stream, held_out = prompts(config, tokenizer, world)
     with Scorer(config.reward, tokenizer, beat) as scorer:  # its workers start before there are threads and devices
         start = agreed_start(config, stream.examples, world)
@@ -158,11 +160,10 @@ def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World
 
 def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:
     """The batch with what policy, critic and reference say of it before the first update, as far as it is wanted."""
-    hyper = config.algorithm
-    budget = 2 * hyper.micro_batch_tokens  # no activations are kept
+    budget = 2 * config.algorithm.micro_batch_tokens  # no activations are kept
     with learner.accelerator.autocast():
         return no_grad_pass(
-            batch, learner.policy, learner.reference, config.sampling.temperature, budget, hyper.needs_old_logprobs
+            batch, learner.policy, learner.reference, config.sampling.temperature, budget, config.needs_old_logprobs
         )
 
 

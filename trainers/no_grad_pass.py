@@ -1,12 +1,16 @@
 """The passes without gradient before a step's first update: old log-probs, values, reference log-probs, as wanted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rollout import beat
 from trainers.batching import TrainBatch, unpack
+from trainers.lora import without_adapters
 from trainers.packing import microbatches
 from trainers.policy import Policy, reference_logprobs
 
@@ -28,7 +32,8 @@ def no_grad_pass(
         batch: this rank's.
         policy: before the step's first update, on the batch's device, not wrapped in DDP: ranks may need different
             numbers of micro-batches, and DDP's forward may synchronise.
-        reference: frozen, on the same device; None without a KL penalty.
+        reference: frozen, on the same device; it counts without its adapters, so that a policy's own model can be its
+            reference. None without a KL penalty.
         temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
         token_budget: tokens of one pass; more than in training fits, since nothing is kept.
         logprobs: False leaves out the policy's log-probs.
@@ -41,19 +46,40 @@ def no_grad_pass(
     values = policy.value_head is not None
     if not (logprobs or values or reference is not None):
         return batch
-    for rows in microbatches(batch, token_budget, policy.packs):
-        part = batch.select(rows)
-        if logprobs or values:
-            output = policy(part, temperature, logprobs=logprobs)
-            if logprobs:
-                _store(found, "logprobs", rows, output.logprobs, part.response_mask, batch)
-            if values:
-                _store(found, "values", rows, output.values, part.response_mask, batch)
-        if reference is not None:
-            packed = reference_logprobs(reference, part, temperature)
-            _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
-        beat()
+    with evaluating(policy):  # no dropout: the engine sampled without
+        for rows in microbatches(batch, token_budget, policy.packs):
+            part = batch.select(rows)
+            if logprobs or values:
+                output = policy(part, temperature, logprobs=logprobs)
+                if logprobs:
+                    _store(found, "logprobs", rows, output.logprobs, part.response_mask, batch)
+                if values:
+                    _store(found, "values", rows, output.values, part.response_mask, batch)
+            if reference is not None:
+                with without_adapters(reference):
+                    packed = reference_logprobs(reference, part, temperature)
+                _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
+            beat()
     return replace(batch, **found)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside; afterwards all of it in the mode that the whole was in.
+
+    >>> layer = nn.Dropout().train()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def _store(

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainers.batching import TrainBatch
+from trainers.config import LoraConfig
 from trainers.logprobs import token_logprobs
+from trainers.lora import add_adapters
 from trainers.packing import pack_if_possible, packs, response_hidden_states
 
 
@@ -128,6 +130,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     with_values: bool = False,
     critic_path: str | None = None,
+    lora: LoraConfig | None = None,
 ) -> Policy:
     """A policy to train, on the CPU and in training mode, from a Hugging Face model.
 
@@ -137,11 +140,16 @@ def load_policy(
         gradient_checkpointing: True recomputes each layer in the backward pass: less memory, a forward pass more.
         with_values: True adds a value head,
         critic_path: and this a model of its own under it.
+        lora: with a rank, adapters are trained in place of the language model's own parameters; not in the critic's.
 
     Raises:
-        ValueError: if the model's logits are more than hidden states times one matrix.
+        ValueError: if the model's logits are more than hidden states times one matrix, or adapters are wanted where
+            no linear layer is.
     """
     language_model = _load_language_model(path, dtype)
+    if lora is not None and lora.rank is not None:
+        add_adapters(language_model, lora, path)
+        language_model.eval()  # the dropout of the adapters too, until all is tried
     critic = _load(AutoModel, critic_path, dtype) if critic_path else None
     if gradient_checkpointing:
         for model in (language_model, critic):

@@ -21,7 +21,7 @@ def train_ppo(config: PPOConfig) -> Path:
 def load(config: PPOConfig) -> Policy:
     """The policy and its critic: a value head on the policy's trunk, or on a model of its own (ppo.critic)."""
     model = config.model
-    return load_policy(model.path, model.dtype, model.gradient_checkpointing, True, config.ppo.critic)
+    return load_policy(model.path, model.dtype, model.gradient_checkpointing, True, config.ppo.critic, config.lora)
 
 
 def targets(batch: TrainBatch, config: PPOConfig) -> TrainBatch:

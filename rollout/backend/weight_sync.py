@@ -9,6 +9,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
+from rollout.adapters import LoraWeight, Weight
 from rollout.backend.shard_exchange import (
     BUCKET_BYTES,
     Channel,
@@ -37,11 +40,13 @@ from rollout.backend.weight_check import PROBES, Filled, differs, filled, strips
 from rollout.backend.worker import load_policy_weights
 from rollout.weights import StaleWeights
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Weight]
 
 Layout = tuple[tuple, ...]
 """Names and shapes of a policy's parameters, and how each is spread over the ranks."""
 
+MEMORY_ALIGNMENT = 64
+"""Bytes; as torch's own memory, so that a product in it is computed in the same way."""
 CHECKED_LAYERS = 4
 """Of a sync, in turn: within a twentieth of its time (docs/results.md)."""
 
@@ -105,8 +110,7 @@ class WeightSync:
         self._plan = plan
         if self._plan is not None:
             self._next_check = self._plan.check(weights, self._next_check, CHECKED_LAYERS)
-        num_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
-        return Loaded(num_bytes, self._plan is not None)
+        return Loaded(sum(map(num_bytes_of, weights.values())), self._plan is not None)
 
     def check(self, weights: Weights) -> None:
         """Compare everything that the engine holds with the policy.
@@ -146,10 +150,19 @@ class WeightSync:
 
 def layout_of(weights: Weights) -> Layout:
     """By parameter: name, shape, and of a sharded one the ranks' mesh and what is done along each of its dimensions."""
-    return tuple(
-        (name, weight.shape, (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None)
-        for name, weight in weights.items()
-    )
+    return tuple((name, weight.shape, spread(weight)) for name, weight in weights.items())
+
+
+def spread(weight: Weight) -> Any:
+    """How a parameter lies on the ranks; None where each has it whole. One under adapters is merged whole on each."""
+    if isinstance(weight, LoraWeight):
+        return "merged"
+    return (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None
+
+
+def num_bytes_of(weight: Weight) -> int:
+    """That are read of it."""
+    return weight.num_bytes if isinstance(weight, LoraWeight) else weight.numel() * weight.element_size()
 
 
 def first_of_ranks(reason: str | None) -> str | None:
@@ -205,7 +218,7 @@ class PlannedSync:
     def load(self, weights: Weights) -> None:
         """Replace the weights, all of them. For a sharded policy all ranks do it together."""
         route = self._route(weights)
-        whole: dict[str, torch.Tensor] = {}
+        whole = Whole()
         run = route.exchange.run(parts(weights, whole))
         for layer in self.layers:
             step = self._steps[id(layer)]
@@ -241,7 +254,10 @@ class PlannedSync:
             of_ranks: list[list[list[Filled]]] = [[[] for _ in self._filled]] * self.channel.size
             of_ranks[self.channel.rank] = self._filled
             if any(isinstance(weight, DTensor) for weight in weights.values()):
-                held = {name: held_box(weight) for name, weight in weights.items()}
+                held = {
+                    name: None if isinstance(weight, LoraWeight) else held_box(weight)
+                    for name, weight in weights.items()
+                }
                 everyones = self.channel.tell((held, self._filled))
                 holders = find_holders(
                     [each[0] for each in everyones], {name: each.shape for name, each in weights.items()}
@@ -283,9 +299,9 @@ class PlannedSync:
 
     def _whole(self, weights: Weights, turns: range) -> Iterator[torch.Tensor]:
         """What the policy has in each strip of whole layers; not by a sync's way, which may have gone wrong."""
+        whole = Whole()
         for step in turns:
             layer = self.layers[step % len(self.layers)]
-            whole: dict[str, torch.Tensor] = {}
             gather(layer, weights, {}, whole)
             for each in self._filled[step % len(self.layers)]:
                 yield from (whole[strip.source][strip.source_box] for strip in strips(each, None))
@@ -299,7 +315,7 @@ class PlannedSync:
             torch.empty([side.stop - side.start for side in need.box], dtype=need.dtype, device=self._device)
             for need in needs[self.channel.rank]
         ]
-        whole: dict[str, torch.Tensor] = {}
+        whole = Whole()
         run = Exchange(route.holders, needs, sent, self.channel).run(parts(weights, whole))
         for number, step in enumerate(steps):
             gather(self.layers[step], weights, route.holders, whole)
@@ -338,26 +354,62 @@ def needed(layers: Sequence[Sequence[Filled]], firsts: Sequence[int | None] | No
     ]
 
 
-def parts(weights: Weights, whole: Weights) -> Callable[[str], torch.Tensor]:
+def parts(weights: Weights, whole: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
     """This rank's part of each parameter: that in `whole`, where it is there, or else the shard."""
-    return lambda name: whole[name] if name in whole else local_part(weights[name])
+
+    def part(name: str) -> torch.Tensor:
+        if name in whole:
+            return whole[name]
+        weight = weights[name]
+        assert isinstance(weight, torch.Tensor), "what adapters change has no holders"
+        return local_part(weight)
+
+    return part
 
 
-def gather(layer: Layer, weights: Weights, holders: Holders, whole: dict[str, torch.Tensor]) -> None:
+class Whole(dict[str, torch.Tensor]):
+    """What fills one layer and is there whole, by name; `gather` replaces it by the next layer's.
+
+    What is merged takes the same memory for each layer: new pages would cost more than the merge.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def merge(self, weights: Mapping[str, LoraWeight]) -> None:
+        """Put matrices under adapters in, each in the dtype that it is computed in."""
+        sizes = [prod(weight.shape) * weight.dtype.itemsize for weight in weights.values()]
+        starts = [0, *accumulate(-(-size // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for size in sizes)]
+        if self._memory.numel() < starts[-1]:
+            device = next(iter(weights.values())).base.device
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        for (name, weight), start, size in zip(weights.items(), starts, sizes, strict=False):
+            self[name] = weight.merged(self._memory[start : start + size].view(weight.dtype))
+
+
+def gather(layer: Layer, weights: Weights, holders: Holders, whole: Whole) -> None:
     """Put into `whole` what a layer is filled from and is not sent in pieces, and nothing else.
 
     Sharded ones are gathered, which all ranks do together; in the engine's dtype, so that no more travels than the
-    engine takes.
+    engine takes. Those under adapters are merged: what that needs beside the policy is one layer's memory.
     """
     whole.clear()
     dtypes = {getattr(layer.module, target).dtype for target in layer.shapes}
+    adapted = {}
     for name in layer.sources:
-        if name not in holders:
-            whole[name] = whole_weight(weights[name], *(dtypes if len(dtypes) == 1 else [weights[name].dtype]))
+        weight = weights[name]
+        if isinstance(weight, LoraWeight):
+            adapted[name] = weight
+        elif name not in holders:
+            whole[name] = whole_weight(weight, *(dtypes if len(dtypes) == 1 else [weight.dtype]))
+    whole.merge(adapted)
 
 
-def whole_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A sharded parameter gathered, in `dtype`; any other one as it is."""
+def whole_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A sharded parameter gathered, in `dtype`; one under adapters merged, any other one as it is."""
+    if isinstance(weight, LoraWeight):
+        return weight.merged()
     if isinstance(weight, DTensor):
         weight = weight.to(dtype)
         assert isinstance(weight, DTensor)
@@ -376,13 +428,13 @@ def pack(module: Any) -> None:
     module.quant_method.process_weights_after_loading(module)
 
 
-class Negated(Mapping[str, torch.Tensor]):
+class Negated(Mapping[str, Weight]):
     """Weights of the other sign, made when asked for."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Weight:
         return -self._weights[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -17,9 +17,10 @@ import trainers.grpo
 import trainers.ppo
 from rollout import RolloutBatch, SamplingConfig
 from trainers.batching import TrainBatch, make_batch
-from trainers.config import GRPOConfig, OptimizerConfig, PPOConfig
+from trainers.config import GRPOConfig, LoraConfig, OptimizerConfig, PPOConfig
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 from trainers.learner import Learner, update
+from trainers.lora import add_adapters
 from trainers.no_grad_pass import no_grad_pass
 from trainers.packing import microbatches
 from trainers.policy import Policy
@@ -38,6 +39,7 @@ COMMON: dict[str, Any] = {"micro_batch_tokens": 6, "minibatches": 2, "entropy_co
 PPO = {"gamma": 0.98, "lam": 0.9, "value_clip_range": 0.3, "value_coef": 0.5, **COMMON}
 HYPERPARAMETERS = {
     "ppo": PPOHyperparameters(**PPO),
+    "ppo_lora": PPOHyperparameters(**PPO),
     "ppo_critic": PPOHyperparameters(**PPO, critic="given", kl_estimator="k2"),
     "grpo": GRPOHyperparameters(**COMMON, loss_mean="sequence"),
     "dapo": GRPOHyperparameters(
@@ -90,17 +92,35 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 def old_policy(case: str) -> Policy:
     with_critic = case == "ppo_critic"
     critic = tiny_llama(CRITIC_SEED).model if with_critic else None
-    policy = Policy(tiny_llama(seed=0), with_values=case.startswith("ppo"), critic=critic)
+    language_model = tiny_llama(seed=0)
+    if case == "ppo_lora":
+        add_adapters(language_model, LoraConfig(rank=3, alpha=2.0), base="")
+        fill_adapters(language_model)
+    policy = Policy(language_model, with_values=case.startswith("ppo"), critic=critic)
     if policy.value_head is not None:
         torch.nn.init.normal_(policy.value_head.weight)
     return policy
+
+
+def fill_adapters(language_model: LlamaForCausalLM) -> None:
+    """Adapters that are not zero, so that the reference without them is another model."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in language_model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def reference_of(case: str, policy: Policy) -> LlamaForCausalLM:
+    """The policy itself, its adapters switched off; of a policy without any, another model."""
+    return policy.language_model if case == "ppo_lora" else tiny_llama(seed=1)
 
 
 def move(policy: Policy) -> None:
     """What earlier updates of the step would have done, so that ratios leave 1 and some are clipped."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in policy.parameters():
+        for parameter in (each for each in policy.parameters() if each.requires_grad):
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
@@ -130,7 +150,7 @@ def disagreement() -> torch.Tensor:
 def passed_batch(case: str, policy: Policy, rows: slice, device: torch.device) -> TrainBatch:
     hyper = HYPERPARAMETERS[case]
     batch = make_batch(rollouts(rows), SCORES[rows], device)
-    all_of_it = no_grad_pass(batch, policy, tiny_llama(seed=1), TEMPERATURE, hyper.micro_batch_tokens)
+    all_of_it = no_grad_pass(batch, policy, reference_of(case, policy), TEMPERATURE, hyper.micro_batch_tokens)
     noise = disagreement()[rows, : batch.response_mask.shape[1]]
     engine_logprobs = torch.where(batch.response_mask, all_of_it.logprobs + noise, 0.0)
     wanted = replace(all_of_it, engine_logprobs=engine_logprobs)
@@ -146,13 +166,13 @@ def one_update(case: str, accelerator: Accelerator) -> dict:
     algorithm = trainers.ppo if case.startswith("ppo") else trainers.grpo
     batch = algorithm.targets(batch, config)
     move(policy)
-    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    before = {name: each.detach().clone() for name, each in policy.named_parameters() if each.requires_grad}
     ddp, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
     learner = Learner(accelerator, policy, ddp, optimizer, reference=None)
     (minibatch,) = batch.minibatches(num_minibatches=1, epochs=1, seed=0)
     stats = update(minibatch, learner, algorithm.loss, config)
     return {
-        "gradients": {name: before[name] - parameter.detach() for name, parameter in policy.named_parameters()},
+        "gradients": {name: each - policy.get_parameter(name).detach() for name, each in before.items()},
         "stats": stats,
         "advantages": batch.advantages[batch.response_mask],
         "num_micro_batches": len(microbatches(minibatch, config.algorithm.micro_batch_tokens, policy.packs)),

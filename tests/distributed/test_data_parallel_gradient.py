@@ -123,7 +123,8 @@ def one_big_batch(case: str) -> dict:
     hyper, policy = worker.HYPERPARAMETERS[case], worker.old_policy(case)
     with torch.no_grad():
         old, _, old_values = of_policy(policy)
-        reference, _, _ = by_full_logits(worker.tiny_llama(seed=1))
+        # Of a policy with adapters: the model that it was before they were put in.
+        reference, _, _ = by_full_logits(worker.tiny_llama(seed=0 if case == "ppo_lora" else 1))
     engine = [logprobs + worker.disagreement()[row, : len(logprobs)] for row, logprobs in enumerate(old)]
     advantages, returns = expected_targets(hyper, token_rewards(hyper, old, reference), old_values)
     worker.move(policy)
@@ -160,13 +161,14 @@ def one_big_batch(case: str) -> dict:
         stats["value_loss"] = value_loss.detach()
     loss.backward()
     stats |= {"policy_loss": policy_loss.detach(), "loss": loss.detach()} | norms(policy)
-    gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    gradients = {name: each.grad for name, each in policy.named_parameters() if each.requires_grad}
     return {"gradients": gradients, "stats": stats, "advantages": advantages}
 
 
 def norms(policy) -> dict[str, torch.Tensor]:
     def norm(parameters) -> torch.Tensor:
-        return torch.stack([parameter.grad.square().sum() for parameter in parameters]).sum().sqrt()
+        squares = [parameter.grad.square().sum() for parameter in parameters if parameter.requires_grad]
+        return torch.stack(squares).sum().sqrt()
 
     if policy.critic is None:
         return {"grad_norm": norm(policy.parameters())}

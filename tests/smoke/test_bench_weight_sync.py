@@ -14,8 +14,8 @@ def test_all_systems_take_turns(small_vocabulary_model_path: Path, tmp_path: Pat
     assert done.left_running == []
     found = json.loads(report.read_text())
     assert found["planned"]
-    assert [row["system"] for row in found["rows"]] == ["ours", "sharded", "reload", "disk", "floor"]
+    assert [row["system"] for row in found["rows"]] == ["ours", "sharded", "lora", "reload", "disk", "floor"]
     for row in found["rows"]:
         assert 0 < row["least"] <= row["seconds"] <= row["greatest"]
-    assert found["rows"][0]["of_floor"] > 1.0 and found["rows"][4]["of_reload"] < 1.0
+    assert found["rows"][0]["of_floor"] > 1.0 and found["rows"][5]["of_reload"] < 1.0
     assert "| a plain copy of the same bytes |" in done.stdout

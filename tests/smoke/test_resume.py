@@ -141,10 +141,12 @@ def test_it_would_show_if_a_part_were_left_out(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_killed_five_times_over(algorithm: str, tiny_model_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "adapters"), [("ppo", []), ("grpo", []), ("grpo", ["lora.rank=4", "lora.dropout=0.1"])]
+)
+def test_killed_five_times_over(algorithm: str, adapters: list[str], tiny_model_path: Path, tmp_path: Path) -> None:
     """Each time somewhere in a step, a checkpoint, or what comes between; then it may go on to its end."""
-    more = [f"{algorithm}.steps=8"]
+    more = [f"{algorithm}.steps=8", *adapters]
     expected = whole(tiny_model_path, tmp_path / "whole", *more, algorithm=algorithm)
     kills = random.Random(algorithm)
     directory = tmp_path / "killed"

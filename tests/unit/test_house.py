@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Folder: what nothing in it may import. rollout/'s leaves (config, world, isolation, ...) serve rollout/backend too.
 FORBIDDEN = {
-    "rollout": ("trainers", "scripts", "tests", "accelerate", "wandb"),
+    "rollout": ("trainers", "scripts", "tests", "accelerate", "wandb", "peft"),
     "trainers": ("scripts", "tests", "vllm", "rollout.backend"),
     "scripts": ("tests", "vllm"),
 }

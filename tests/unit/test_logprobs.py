@@ -154,3 +154,19 @@ def test_no_tokens_give_no_log_probs():
     assert logprobs.shape == entropies.shape == (0,)
     logprobs.sum().backward()
     assert not weight.grad.any()
+
+
+def test_a_frozen_weight_costs_no_gradient_of_its_own_and_the_hidden_states_get_theirs():
+    """One product a block less, and no tensor of the weight's size; under adapters the head is frozen."""
+    gradients, products = [], []
+    gradients, products = [], []
+    for frozen in (False, True):
+        hidden, weight, targets = problem(vocabulary=40)
+        weight.requires_grad_(not frozen)
+        logprobs, _ = token_logprobs(hidden, weight, targets, 0.7, block_elements=1)
+        with Operations() as seen:
+            logprobs.sum().backward()
+        gradients.append(hidden.grad)
+        products.append(sum(name in ("aten.mm.default", "aten.addmm.default") for name in seen.names))
+    assert torch.equal(*gradients) and weight.grad is None
+    assert products == [3 * 14, 2 * 14]  # 14 blocks of 3 words: logits, the hidden states' gradient, the weight's
