@@ -3,21 +3,43 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainers.sharding import whole
 
 
 def export_policy(
     folder: Path, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
-    """Write weights, config and tokenizer.
+    """Write weights, config and tokenizer; rank 0 does, and of a sharded policy all ranks call it together.
 
     Args:
         folder: made if need be; what is in it is overwritten.
         dtype: of the written weights, "float32", "bfloat16" or "float16".
     """
-    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in language_model.state_dict().items()}
+    state = whole_state(language_model, getattr(torch, dtype))
+    if not _is_main():
+        return
     language_model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+
+
+def whole_state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All of the module's tensors, on rank 0's CPU; nothing on other ranks. A collective if the module is sharded.
+
+    One tensor at a time is whole on a rank's device, and rank 0 has all of them in the dtype given: no more.
+    """
+    state = {}
+    for name, tensor in module.state_dict().items():
+        gathered = whole(tensor.to(dtype))
+        if _is_main():
+            state[name] = gathered.to("cpu")
+    return state
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, model: str | None = None) -> int:
