@@ -28,11 +28,20 @@ def export_policy(
 def whole_state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All of the module's tensors, on rank 0's CPU; nothing on other ranks. A collective if the module is sharded.
 
-    One tensor at a time is whole on a rank's device, and rank 0 has all of them in the dtype given: no more.
+    One tensor at a time is whole on a rank's device, and rank 0 has all of them in the dtype given: no more. What two
+    names share (a tied head) is one tensor here, too, and so comes once into a file.
+
+    >>> whole_state(torch.nn.Linear(1, 2, bias=False), torch.bfloat16)["weight"].dtype
+    torch.bfloat16
     """
-    state = {}
-    for name, tensor in module.state_dict().items():
-        gathered = whole(tensor.to(dtype))
+    state: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if (known := names.setdefault(id(tensor), name)) != name:
+            if _is_main():
+                state[name] = state[known]
+            continue
+        gathered = whole(tensor.detach().to(dtype))
         if _is_main():
             state[name] = gathered.to("cpu")
     return state

@@ -47,6 +47,8 @@ def test_steps_in_shards_are_those_of_ddp(case: str, of_ranks: list[dict]) -> No
         assert ddp["metrics"][0]["train/logprob_gap_max"] == fsdp2["metrics"][0]["train/logprob_gap_max"]
         close(fsdp2["state"], ddp["state"], **STATES)
         close(fsdp2["exported"], ddp["exported"], rtol=2**-7, atol=1e-6)
+    for exported in (of_ranks[0][f"{case} {sharding}"]["exported"] for sharding in ("ddp", "fsdp2")):
+        assert exported["lm_head.weight"].data_ptr() == exported["model.embed_tokens.weight"].data_ptr(), "tied"
 
 
 def test_a_run_goes_from_whole_to_shards_and_back(of_ranks: list[dict]) -> None:
