@@ -10,6 +10,7 @@ tensor parallelism.
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -62,3 +63,17 @@ def undo_ddp_mean(loss: torch.Tensor) -> torch.Tensor:
     tensor(2.)
     """
     return loss * dist.get_world_size() if dist.is_initialized() else loss
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of a sharded one, on every rank: a collective then.
+
+    >>> whole(torch.tensor(2.0))
+    tensor(2.)
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_main() -> bool:
+    """True on rank 0, and without torch.distributed."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -27,12 +27,18 @@ class ModelConfig:
         dtype: the trainer's master weights (the engine's own copy has rollout.dtype).
         autocast: the precision of the trainer's matrix products; no keeps that of `dtype`.
         gradient_checkpointing: true recomputes activations in the backward pass: less memory, slower.
+        sharding: of the trainer's weights, gradients and optimizer state, over all ranks - ddp (every rank has all of
+            them: 16 bytes a weight with dtype=float32) or fsdp2 (each its share of them: for models that do not fit).
+        reduce_gradients: under fsdp2, when gradients travel - micro_batch (with each one) or update (with the last
+            one: faster, and takes 4 bytes more a weight on every rank). ddp does it once an update.
     """
 
     path: str = "models/smollm2-135m-tp2"
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["no", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    reduce_gradients: Literal["micro_batch", "update"] = "micro_batch"
 
     def __post_init__(self) -> None:
         if not self.path:

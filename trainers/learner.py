@@ -2,23 +2,23 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from transformers import PreTrainedModel
 
 from rollout import beat
-from trainers.across_ranks import max_over_ranks, sum_over_ranks, undo_ddp_mean
+from trainers.across_ranks import max_over_ranks, sum_over_ranks, undo_ddp_mean, whole
 from trainers.batching import TrainBatch, stand_in
 from trainers.config import Experiment
 from trainers.losses import Stats
 from trainers.objective import Minibatch
 from trainers.packing import microbatches
 from trainers.policy import Policy, PolicyOutput, load_reference
+from trainers.sharding import gradients_stay, is_sharded, passes, shard
 
 Loss = Callable[[TrainBatch, PolicyOutput, Any, Minibatch], tuple[torch.Tensor, Stats]]
 """Of a micro-batch, the policy's output for it, the experiment and the minibatch that it is a part of: a scalar with
@@ -31,25 +31,51 @@ class Learner:
 
     Attributes:
         policy: without DDP's wrapper: for the weight sync, and for passes without gradient.
-        ddp: the same as the accelerator prepared it: for passes with gradient.
-        reference: the frozen first policy, or the policy itself, which has adapters that can be switched off; None
-            without a KL penalty.
+        ddp: the same as the accelerator prepared it, or, if it is sharded, itself: for passes with gradient.
+        reference: the frozen first policy, sharded if the policy is; or the policy itself, whose adapters can be
+            switched off; None without a KL penalty.
     """
 
     accelerator: Accelerator
     policy: Policy
     ddp: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    reference: PreTrainedModel | None
+    reference: Policy | None
 
 
 def make_learner(config: Experiment, policy: Policy, device: torch.device) -> Learner:
-    """Policy, reference and optimizer, on this rank's device and under accelerate."""
+    """Policy, reference and optimizer, on this rank's device and under accelerate; as model.sharding says."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=config.model.autocast,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    sharded = config.model.sharding == "fsdp2"
+    if sharded:
+        shard(policy, device, config.model.autocast)
+    optimizer = make_optimizer(config, policy)
+    if sharded:
+        ddp, optimizer = policy, accelerator.prepare(optimizer)
+    else:
+        ddp, optimizer = accelerator.prepare(policy, optimizer)
+    return Learner(accelerator, policy, ddp, optimizer, make_reference(config, policy, device))
+
+
+def make_reference(config: Experiment, policy: Policy, device: torch.device) -> Policy | None:
+    """What the KL penalty compares with, as `Learner` has it."""
+    if not config.algorithm.kl_coef:
+        return None
+    if config.lora.rank is not None:
+        return policy
+    reference = load_reference(config.model.path, config.model.dtype)
+    if config.model.sharding == "fsdp2":
+        shard(reference, device, config.model.autocast)
+        return reference
+    return reference.to(device=device)
+
+
+def make_optimizer(config: Experiment, policy: Policy) -> torch.optim.Optimizer:
+    """AdamW over what is trained of the policy, as it is by now, and over the critic at its own rate."""
     trained = [parameter for parameter in policy.language_model.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.optimizer.learning_rate}]
     if of_critic := policy.critic_parameters():
@@ -64,14 +90,7 @@ def make_learner(config: Experiment, policy: Policy, device: torch.device) -> Le
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    ddp, optimizer = accelerator.prepare(policy, optimizer)
-    reference = None
-    if config.algorithm.kl_coef and config.lora.rank is not None:
-        reference = policy.language_model
-    elif config.algorithm.kl_coef:
-        reference = load_reference(config.model.path, config.model.dtype)
-        reference.to(device=device)  # type: ignore[call-arg]
-    return Learner(accelerator, policy, ddp, optimizer, reference)
+    return optimizer
 
 
 def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed: int) -> dict[str, float]:
@@ -97,7 +116,8 @@ def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed:
 def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> dict[str, float]:
     """One optimizer update on the minibatch of all ranks, in as many micro-batches as this rank needs.
 
-    A rank without rows takes part in all collectives and adds nothing. Without rows on any rank nothing is done.
+    A rank without rows takes part in all collectives and adds nothing. Of a sharded policy every pass is one: a rank
+    that is through makes the others' passes with them. Without rows on any rank nothing is done.
 
     Returns:
         The statistics of all ranks; none if nothing was done.
@@ -114,12 +134,13 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
     whole = Minibatch(num_tokens, num_sequences, config.sampling.max_tokens)
     stats: dict[str, torch.Tensor] = {}
     parts = microbatches(minibatch, config.algorithm.micro_batch_tokens, learner.policy.packs)
-    passes: list[torch.Tensor | None] = [*parts] or [None]  # a rank without rows makes one pass for the others' sake
-    for rows in passes:
-        part = stand_in(minibatch.input_ids.device) if rows is None else minibatch.select(rows)
-        # Gradients travel between ranks once, with the last part.
-        with nullcontext() if rows is passes[-1] else learner.accelerator.no_sync(learner.ddp):
-            output = learner.ddp(part, config.sampling.temperature, entropy=True)
+    device = minibatch.input_ids.device
+    todo = passes(parts, learner.policy, device) or [None]  # without rows, one pass for the others' sake
+    for number, rows in enumerate(todo, 1):
+        part = stand_in(device) if rows is None else minibatch.select(rows)
+        with gradients_travel(learner, config, is_last=number == len(todo)):
+            with learner.accelerator.autocast():
+                output = learner.ddp(part, config.sampling.temperature, entropy=True)
             part_loss, part_stats = loss(part, output, config, whole)
             if rows is None:
                 # Not the loss times 0: it may be infinite, since the row is nobody's.
@@ -132,6 +153,17 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     return over_ranks(stats)
+
+
+def gradients_travel(learner: Learner, config: Experiment, is_last: bool) -> AbstractContextManager[None]:
+    """Inside, gradients are reduced over the ranks with the last pass alone, which takes those before it along; or, of
+    a sharded policy and by default, with each pass, so that no rank has to hold all of them.
+    """
+    if is_last:
+        return nullcontext()
+    if not is_sharded(learner.policy):
+        return learner.accelerator.no_sync(learner.ddp)
+    return gradients_stay(learner.policy) if config.model.reduce_gradients == "update" else nullcontext()
 
 
 def add_up(stats: Stats, part: Stats) -> None:
@@ -164,9 +196,9 @@ def clip_gradients(learner: Learner, config: Experiment) -> Stats:
     """
     policy, limit = learner.policy, config.optimizer.max_grad_norm
     parameters = list(policy.parameters() if policy.critic is None else policy.language_model.parameters())
-    norms = {"grad_norm": learner.accelerator.clip_grad_norm_(parameters, limit)}
+    norms = {"grad_norm": whole(learner.accelerator.clip_grad_norm_(parameters, limit))}
     if policy.critic is not None:  # unscaled already, with the policy's: they share an optimizer
-        norms["value_grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.critic_parameters(), limit)
+        norms["value_grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(policy.critic_parameters(), limit))
     if not torch.isfinite(norms["grad_norm"]) and config.model.autocast != "fp16":
         raise FloatingPointError(
             f"the gradient's norm is {norms['grad_norm'].item()}; lower optimizer.learning_rate, or look at the last "

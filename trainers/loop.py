@@ -142,8 +142,8 @@ def learn(
                     save(folder, about, learner, config.checkpoint.keep, config.run.private)
         if evaluated := evaluation(steps):
             dashboard.log(steps, evaluated)
+        export_policy(folder / "policy", learner.policy.language_model, tokenizer, config.rollout.dtype)
         if world.is_main:
-            export_policy(folder / "policy", learner.policy.language_model, tokenizer, config.rollout.dtype)
             plot_run(folder)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from trainers.across_ranks import is_main, whole
 from trainers.config import LoraConfig
 from trainers.errors import ConfigError
 
@@ -91,9 +92,12 @@ def target_layers(language_model: PreTrainedModel, wanted: list[str]) -> list[st
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the one that it was before adapters were put in; one that has none stays as it is."""
     layers = [module for module in model.modules() if "base_layer" in module._modules]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for layer in layers:
             layer.enable_adapters(False)  # type: ignore[operator]
+        for parameter in trained:  # PEFT freezes them; FSDP2, which makes whole ones in the first pass, would remember
+            parameter.requires_grad_(True)
         yield
     finally:
         for layer in layers:
@@ -106,13 +110,18 @@ def has_adapters(language_model: PreTrainedModel) -> bool:
 
 
 def save_adapter(folder: Path, language_model: PreTrainedModel) -> None:
-    """Write the adapters alone, as `PeftModel.from_pretrained(MODEL, folder)` reads them; the folder is made."""
+    """Write the adapters alone, as `PeftModel.from_pretrained(MODEL, folder)` reads them; the folder is made.
+
+    Rank 0 does; of a sharded model all ranks call it together.
+    """
     import peft
 
-    folder.mkdir(parents=True, exist_ok=True)
     state = peft.get_peft_model_state_dict(language_model, adapter_name=ADAPTER)
     # PEFT's own wrapper, under which it looks for them, is two levels above the model.
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    named = {f"base_model.model.{name}": whole(tensor).contiguous() for name, tensor in state.items()}
+    if not is_main():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = copy(language_model.peft_config[ADAPTER])
     settings.inference_mode = True

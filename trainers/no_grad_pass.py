@@ -6,34 +6,34 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from rollout import beat
-from trainers.batching import TrainBatch, unpack
+from trainers.batching import TrainBatch, stand_in, unpack
 from trainers.lora import without_adapters
 from trainers.packing import microbatches
-from trainers.policy import Policy, reference_logprobs
+from trainers.policy import Policy
+from trainers.sharding import passes, put_away
 
 
 @torch.no_grad()
 def no_grad_pass(
     batch: TrainBatch,
     policy: Policy,
-    reference: PreTrainedModel | None,
+    reference: Policy | None,
     temperature: float,
     token_budget: int,
     logprobs: bool = True,
 ) -> TrainBatch:
-    """The batch with what the policy and the reference say about its responses; no collective.
+    """The batch with what the policy and the reference say about its responses; a collective if they are sharded.
 
     Run it under the same autocast as the training passes, else the first ratio is not 1.
 
     Args:
         batch: this rank's.
         policy: before the step's first update, on the batch's device, not wrapped in DDP: ranks may need different
-            numbers of micro-batches, and DDP's forward may synchronise.
-        reference: frozen, on the same device; it counts without its adapters, so that a policy's own model can be its
-            reference. None without a KL penalty.
+            numbers of micro-batches, and DDP's forward may synchronise. (Sharded ones make up for it.)
+        reference: frozen, on the same device, sharded if the policy is; it counts without its adapters, so that a
+            policy can be its own reference. None without a KL penalty.
         temperature: of the sampling, divides the logits; 0 (greedy) counts as 1.
         token_budget: tokens of one pass; more than in training fits, since nothing is kept.
         logprobs: False leaves out the policy's log-probs.
@@ -46,9 +46,10 @@ def no_grad_pass(
     values = policy.value_head is not None
     if not (logprobs or values or reference is not None):
         return batch
+    device = batch.input_ids.device
     with evaluating(policy):  # no dropout: the engine sampled without
-        for rows in microbatches(batch, token_budget, policy.packs):
-            part = batch.select(rows)
+        for rows in passes(microbatches(batch, token_budget, policy.packs), policy, device):
+            part = stand_in(device) if rows is None else batch.select(rows)
             if logprobs or values:
                 output = policy(part, temperature, logprobs=logprobs)
                 if logprobs:
@@ -57,9 +58,11 @@ def no_grad_pass(
                     _store(found, "values", rows, output.values, part.response_mask, batch)
             if reference is not None:
                 with without_adapters(reference):
-                    packed = reference_logprobs(reference, part, temperature)
-                _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
+                    output = reference(part, temperature, values=False)
+                _store(found, "ref_logprobs", rows, output.logprobs, part.response_mask, batch)
             beat()
+    put_away(policy)
+    put_away(reference)
     return replace(batch, **found)
 
 
@@ -85,11 +88,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def _store(
     found: dict[str, torch.Tensor],
     name: str,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     packed: torch.Tensor,
     mask: torch.Tensor,
     batch: TrainBatch,
 ) -> None:
-    """Writes the packed (tokens,) values of some rows to their places in a (batch, response) table."""
+    """Writes the packed (tokens,) values of some rows to their places in a (batch, response) table.
+
+    Of a pass for the others' sake (`rows` is None) nothing is kept.
+    """
+    if rows is None:
+        return
     table = found.setdefault(name, packed.new_zeros(batch.response_mask.shape))
     table[rows.to(table.device), : mask.shape[1]] = unpack(packed, mask)

@@ -118,12 +118,6 @@ class Policy(nn.Module):
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
 
-def reference_logprobs(reference: PreTrainedModel, rows: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
-    """The frozen reference's log-probs of the response tokens; arguments and result as of `Policy.forward`."""
-    hidden = response_hidden_states(reference, rows)
-    return token_logprobs(hidden, reference.get_output_embeddings().weight, rows.targets, temperature)[0]
-
-
 def load_policy(
     path: str,
     dtype: str | torch.dtype,
@@ -158,15 +152,13 @@ def load_policy(
     return Policy(language_model, with_values, critic).train()
 
 
-def load_reference(path: str, dtype: str | torch.dtype) -> PreTrainedModel:
+def load_reference(path: str, dtype: str | torch.dtype) -> Policy:
     """The frozen reference of the KL penalty: no gradients, no value head, evaluation mode; arguments as `load_policy`.
 
     Raises:
         ValueError: if the model's logits are more than hidden states times one matrix.
     """
-    reference = _load_language_model(path, dtype).eval().requires_grad_(False)
-    pack_if_possible(reference)
-    return reference
+    return Policy(_load_language_model(path, dtype)).eval().requires_grad_(False)
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

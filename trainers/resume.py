@@ -56,6 +56,8 @@ FREE_PATHS = ("model.path", "data.source", "ALGORITHM.critic")
 """May differ where what lies there is the same, by its fingerprint."""
 FREE_MEANS = (
     "model.gradient_checkpointing",
+    "model.sharding",
+    "model.reduce_gradients",
     "rollout.tensor_parallel_size",
     "rollout.max_num_seqs",
     "rollout.max_num_batched_tokens",

@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import trainers.grpo
 import trainers.ppo
-from rollout import RolloutBatch, SamplingConfig
+from rollout import RolloutBatch, SamplingConfig, init_world
+from trainers.across_ranks import whole
 from trainers.batching import TrainBatch, make_batch
-from trainers.config import GRPOConfig, LoraConfig, OptimizerConfig, PPOConfig
+from trainers.config import GRPOConfig, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 from trainers.learner import Learner, update
 from trainers.lora import add_adapters
 from trainers.no_grad_pass import no_grad_pass
 from trainers.packing import microbatches
 from trainers.policy import Policy
+from trainers.sharding import shard
 
 # Two ranks take four rows each: the first all short ones (7 response tokens), the second all long ones (32).
 PROMPTS = [2, 2, 3, 3, 5, 5, 5, 5]
@@ -32,6 +36,7 @@ SCORES = [1.0, 0.0, 0.5, -1.0, 2.0, 0.0, 1.0, 3.0]
 GROUPS = [0, 0, 1, 1, 2, 2, 2, 2]  # responses to one prompt; no group is on two ranks
 TEMPERATURE, MAX_TOKENS = 0.8, 12
 CRITIC_SEED = 5
+REDUCE_ONCE = ("ppo_critic", "dapo")  # of the cases in shards; the others reduce with each micro-batch
 
 # 6 tokens a micro-batch: rank 0 needs two (5 and 3 tokens), rank 1 four of a row each. Two minibatches are
 # announced, of which one is made here, so that the ratio starts from the old log-probs.
@@ -65,6 +70,7 @@ def experiment(case: str) -> PPOConfig | GRPOConfig:
     shared: dict[str, Any] = {
         "sampling": SamplingConfig(temperature=TEMPERATURE, max_tokens=MAX_TOKENS, n=2),
         "optimizer": OptimizerConfig(max_grad_norm=1e9),
+        "model": ModelConfig(reduce_gradients="update" if case in REDUCE_ONCE else "micro_batch"),
     }
     hyper = HYPERPARAMETERS[case]
     if isinstance(hyper, PPOHyperparameters):
@@ -111,9 +117,9 @@ def fill_adapters(language_model: LlamaForCausalLM) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-def reference_of(case: str, policy: Policy) -> LlamaForCausalLM:
+def reference_of(case: str, policy: Policy) -> Policy:
     """The policy itself, its adapters switched off; of a policy without any, another model."""
-    return policy.language_model if case == "ppo_lora" else tiny_llama(seed=1)
+    return policy if case == "ppo_lora" else Policy(tiny_llama(seed=1)).requires_grad_(False)
 
 
 def move(policy: Policy) -> None:
@@ -121,7 +127,10 @@ def move(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in (each for each in policy.parameters() if each.requires_grad):
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            noise = 0.03 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if isinstance(parameter, DTensor):
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+            parameter.add_(noise)
 
 
 def rollouts(rows: slice) -> RolloutBatch:
@@ -147,32 +156,43 @@ def disagreement() -> torch.Tensor:
     return 0.15 * torch.randn(8, MAX_TOKENS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def passed_batch(case: str, policy: Policy, rows: slice, device: torch.device) -> TrainBatch:
+def passed_batch(case: str, policy: Policy, reference: Policy, rows: slice, device: torch.device) -> TrainBatch:
     hyper = HYPERPARAMETERS[case]
     batch = make_batch(rollouts(rows), SCORES[rows], device)
-    all_of_it = no_grad_pass(batch, policy, reference_of(case, policy), TEMPERATURE, hyper.micro_batch_tokens)
+    all_of_it = no_grad_pass(batch, policy, reference, TEMPERATURE, hyper.micro_batch_tokens)
     noise = disagreement()[rows, : batch.response_mask.shape[1]]
     engine_logprobs = torch.where(batch.response_mask, all_of_it.logprobs + noise, 0.0)
     wanted = replace(all_of_it, engine_logprobs=engine_logprobs)
     return wanted if hyper.needs_old_logprobs else replace(wanted, logprobs=None)
 
 
-def one_update(case: str, accelerator: Accelerator) -> dict:
+def weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {name: whole(parameter.detach()).clone() for name, parameter in trained.items()}
+
+
+def one_update(case: str, accelerator: Accelerator, sharded: bool) -> dict:
     """The gradient, which is what plain descent at rate 1 takes off; statistics, advantages, micro-batches."""
     share = len(SCORES) // accelerator.num_processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     config, policy = experiment(case), old_policy(case)
-    batch = passed_batch(case, policy, rows, accelerator.device)
+    reference = reference_of(case, policy)
+    if sharded:
+        shard(policy, accelerator.device)
+        if reference is not policy:
+            shard(reference, accelerator.device)
+    batch = passed_batch(case, policy, reference, rows, accelerator.device)
     algorithm = trainers.ppo if case.startswith("ppo") else trainers.grpo
     batch = algorithm.targets(batch, config)
     move(policy)
-    before = {name: each.detach().clone() for name, each in policy.named_parameters() if each.requires_grad}
-    ddp, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
+    before = weights(policy)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    ddp, optimizer = (policy, optimizer) if sharded else accelerator.prepare(policy, optimizer)
     learner = Learner(accelerator, policy, ddp, optimizer, reference=None)
     (minibatch,) = batch.minibatches(num_minibatches=1, epochs=1, seed=0)
     stats = update(minibatch, learner, algorithm.loss, config)
     return {
-        "gradients": {name: each - policy.get_parameter(name).detach() for name, each in before.items()},
+        "gradients": {name: before[name] - after for name, after in weights(policy).items()},
         "stats": stats,
         "advantages": batch.advantages[batch.response_mask],
         "num_micro_batches": len(microbatches(minibatch, config.algorithm.micro_batch_tokens, policy.packs)),
@@ -180,9 +200,11 @@ def one_update(case: str, accelerator: Accelerator) -> dict:
 
 
 def main(folder: Path) -> None:
+    init_world()
     accelerator = Accelerator(cpu=True)
-    updates = {case: one_update(case, accelerator) for case in HYPERPARAMETERS}
-    torch.save(updates, folder / f"rank{accelerator.process_index}.pt")
+    for kind in ("whole", "sharded"):
+        updates = {case: one_update(case, accelerator, kind == "sharded") for case in HYPERPARAMETERS}
+        torch.save(updates, folder / f"{kind}{accelerator.process_index}.pt")
     # DDP's wrapper has to go before the process group does. If it holds the group's last reference, the group joins its
     # threads with the interpreter's lock held, and a gloo thread that wants that lock to end never gets it.
     accelerator.free_memory()

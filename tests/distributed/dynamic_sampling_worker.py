@@ -46,7 +46,7 @@ def step(with_signal: int, accelerator: Accelerator) -> dict:
     groups, _ = share_evenly(kept)
     batch = make_batch(*join(groups), "cpu") if groups else no_rows("cpu")
     policy = Policy(tiny_llama(seed=0))
-    batch = no_grad_pass(batch, policy, tiny_llama(seed=1), TEMPERATURE, 64, hyper.needs_old_logprobs)
+    batch = no_grad_pass(batch, policy, Policy(tiny_llama(seed=1)), TEMPERATURE, 64, hyper.needs_old_logprobs)
     batch = grpo.targets(batch, config)
     ddp, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=0.01))
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Two ranks with half of the batch each, in uneven micro-batches, give the gradient of one whole batch.
+"""Two ranks with half of the batch each, in uneven micro-batches, give the gradient of one whole batch; also in shards.
 
 What they must give is worked out here once more, from the full logits and in plain loops: one row at a time, one mean
 at the end, none of the functions of trainers/ but the value head's module.
@@ -177,11 +177,16 @@ def norms(policy) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def of_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gradients")
     completed = launch([WORKER, folder], nproc=request.param, timeout_s=120)
     assert completed.returncode == 0, completed.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+    return folder
+
+
+@pytest.fixture(params=["whole", "sharded"])
+def of_ranks(folder: Path, request: pytest.FixtureRequest) -> list[dict]:
+    return [torch.load(file) for file in sorted(folder.glob(f"{request.param}*.pt"))]
 
 
 @pytest.mark.parametrize("case", worker.HYPERPARAMETERS)

@@ -58,10 +58,11 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     assert row["train/logprob_gap_mean"] < 1e-4
 
 
-def test_grpo_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_grpo_in_shards_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     task = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}", "run.name=grpo", "run.progress=false"]
     size = ["rollout.max_model_len=64", "rollout.max_num_seqs=8", "rollout.kv_cache_gib=0.25", "sampling.max_tokens=8"]
     kinds = ["grpo.kl_coef=0.01", "grpo.mismatch=truncate", "sampling.n=4", "grpo.prompts_per_step=4", "grpo.steps=2"]
+    kinds += ["model.sharding=fsdp2"]
     words = [*task, *size, *kinds, "rollout.enforce_eager=true", "wandb.mode=disabled"]
     done = launch(["scripts/grpo.py", *words], nproc=2, timeout_s=240)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -118,8 +118,8 @@ def test_one_rank_goes_on_as_two_and_back(
 ) -> None:
     folder = copied(interrupted, tmp_path)
     prompts = [(row["step"], row["prompt"]) for row in rows_of(uninterrupted, "samples.jsonl")]
-    for steps, nproc in ((3, 1), (4, 2)):
-        words = ["checkpoint.resume=auto", "checkpoint.every=1", f"ppo.steps={steps}"]
+    for steps, nproc, sharding in ((3, 1, "ddp"), (4, 2, "fsdp2")):
+        words = ["checkpoint.resume=auto", "checkpoint.every=1", f"ppo.steps={steps}", f"model.sharding={sharding}"]
         done = run(tiny_model_path, folder.parent, *words, nproc=nproc)
         assert done.returncode == 0, done.stderr[-4000:]
         assert [(row["step"], row["prompt"]) for row in rows_of(folder, "samples.jsonl")] == prompts[: steps * 4]

@@ -453,9 +453,10 @@ def test_a_config_error_needs_neither_torch_nor_vllm():
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True, timeout=60)
 
 
-def sound_model(tmp_path: Path) -> str:
+def sound_model(tmp_path: Path, max_position_embeddings: int = 2048) -> str:
     tiny_tokenizer().save_pretrained(tmp_path)
-    numbers = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8, "max_position_embeddings": 2048}
+    numbers = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
+    numbers["max_position_embeddings"] = max_position_embeddings
     return model_folder(tmp_path, model_type="llama", **numbers)
 
 
@@ -469,6 +470,21 @@ def test_a_dry_run_prints_the_resolved_config_and_trains_nothing(tmp_path, capsy
     out, err = capsys.readouterr()
     assert parse(PPOConfig, [write(tmp_path, out)])[0] == parse(PPOConfig, argv)[0]
     assert "100 prompts to train on and 0 to evaluate on, of at most " in err
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "gpu" in path.name], ids=lambda path: path.name)
+def test_each_config_for_gpus_passes_a_dry_run(path, tmp_path, monkeypatch, capsys):
+    """On the ranks that it is for, with a model and data of this machine in place of the hub's."""
+    source = path.read_text()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "2+2", "problem": "2+2", "answer": "4"}\n')
+    here = [f"model.path={sound_model(tmp_path, max_position_embeddings=4096)}", f"data.source={rows}"]
+    here += [f"evaluation.source={rows}", "evaluation.split=null", "data.subset=null"]
+    here += ["rollout.max_model_len=3072"]  # a token a byte
+    (ranks,) = re.findall(r" on (\d) GPUs", source)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    run_cli(GRPOConfig if "\ngrpo:" in source else PPOConfig, must_not_run, [str(path), *here, "--dry-run"])
+    assert "The config is sound: 1 prompts to train on and 1 to evaluate on" in capsys.readouterr().err
 
 
 def test_a_dry_run_reads_the_data(tmp_path, capsys):

@@ -51,7 +51,7 @@ def batch() -> TrainBatch:
 
 @pytest.mark.parametrize("token_budget", [1, 20, 1000])  # 5, several, and 1 micro-batch
 def test_rows_keep_their_order_in_any_micro_batches(policy: Policy, batch: TrainBatch, token_budget: int):
-    reference = tiny_llama(1)
+    reference = Policy(tiny_llama(1))
     passed = no_grad_pass(batch, policy, reference, temperature=0.7, token_budget=token_budget)
     for row in range(len(batch)):
         alone = batch.select(torch.tensor([row]))
@@ -59,7 +59,7 @@ def test_rows_keep_their_order_in_any_micro_batches(policy: Policy, batch: Train
         for ours, expected in (
             (passed.logprobs, output.logprobs),
             (passed.values, output.values),
-            (passed.ref_logprobs, Policy(reference)(alone, 0.7).logprobs),
+            (passed.ref_logprobs, reference(alone, 0.7).logprobs),
         ):
             torch.testing.assert_close(ours[row, :length], expected, rtol=1e-6, atol=1e-6)
             assert ours.shape == batch.response_mask.shape and not ours[row, length:].any()

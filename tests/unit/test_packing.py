@@ -9,16 +9,26 @@ from hypothesis import strategies as st
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 import trainers.packing as packing
@@ -110,12 +120,20 @@ def test_responses_to_a_prompt_stay_together_where_the_budget_allows():
     assert [part.tolist() for part in microbatches(batch, 18, packed=True)] == [[0, 2, 1], [3]]
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+OWN_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # the defaults are beyond 37 words
 MODELS: dict[str, tuple[bool, Callable]] = {
     "llama": (True, lambda: LlamaForCausalLM(LlamaConfig(**GROUPED))),
     "qwen2": (True, lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED))),
     "qwen3": (True, lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED))),
     "a window": (False, lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=64))),
     "a soft cap": (False, lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, attn_logit_softcapping=5.0))),
+    "qwen3 with experts": (True, lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**GROUPED, **EXPERTS))),
+    "gemma": (True, lambda: GemmaForCausalLM(GemmaConfig(**GROUPED))),
+    "mistral": (True, lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=None))),
+    "phi3": (True, lambda: Phi3ForCausalLM(Phi3Config(**GROUPED, **OWN_TOKENS))),
+    "olmo2": (True, lambda: Olmo2ForCausalLM(Olmo2Config(**GROUPED, **OWN_TOKENS))),
+    "smollm3": (True, lambda: SmolLM3ForCausalLM(SmolLM3Config(**GROUPED, **OWN_TOKENS))),
     "learned positions": (True, lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=16, vocab_size=37))),
 }
 
@@ -126,10 +144,14 @@ def test_which_models_pack(name: str, dtype: torch.dtype):
     torch.manual_seed(0)
     expected, make = MODELS[name]
     model = make().to(dtype).eval()
+    batch = batch_of([(3, 5), (3, 2), (1, 4)])
+    padded = padded_hidden_states(model.base_model, batch)
     assert pack_if_possible(model) == packs(model) == expected
     assert expected or model.config._attn_implementation == "sdpa"
-    batch = batch_of([(3, 5), (3, 2), (1, 4)])
-    assert response_hidden_states(model, batch).shape == (11, 16)
+    found = response_hidden_states(model, batch)
+    assert found.shape == padded.shape == (11, 16)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, padded, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_packs_still_takes_plain_rows(llama):

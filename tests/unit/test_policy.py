@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from trainers.batching import TrainBatch
-from trainers.policy import Policy, load_policy, load_reference, reference_logprobs, require_plain_head
+from trainers.policy import Policy, load_policy, load_reference, require_plain_head
 
 SMALL = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 PROMPTS, RESPONSES = [3, 1, 3], [4, 5, 2]  # lengths; the longest row has 7 tokens
@@ -217,7 +217,7 @@ def test_the_reference_is_frozen_and_agrees_with_the_policy_it_came_from(tmp_pat
     reference = load_reference(path, "float32")
     assert not reference.training and not any(p.requires_grad for p in reference.parameters())
     expected = load_policy(path, "float32")(inputs(), temperature=0.6).logprobs
-    assert torch.equal(reference_logprobs(reference, inputs(), temperature=0.6), expected)
+    assert torch.equal(reference(inputs(), temperature=0.6).logprobs, expected)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -151,10 +151,12 @@ def test_what_may_differ(model, tmp_path, capsys):
         wandb=WandbConfig(mode="offline"),
         run=RunConfig(name="other"),
     )
+    now = dataclasses.replace(now, model=dataclasses.replace(now.model, sharding="fsdp2", reduce_gradients="update"))
     check_same(about_of(before), now, ORIGIN, world_size=2)
     said = capsys.readouterr().err
     assert "rollout.kv_cache_gib, rollout.max_num_seqs, 2 ranks instead of 1): the same run, but not to the" in said
-    assert "ppo.micro_batch_tokens" in said and "model.path" not in said and "steps" not in said
+    assert "(model.reduce_gradients, model.sharding, ppo.micro_batch_tokens" in said
+    assert "model.path" not in said and "steps" not in said
     check_same(about_of(before), before, ORIGIN, world_size=1)
     assert capsys.readouterr().err == ""
 
