@@ -1,12 +1,14 @@
 """scripts/ppo.py as a user runs it: a whole tiny run, and the mistakes a user makes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.launch import Completed, launch
 from trainers.metrics import all_metrics, metric_of
+from trainers.workspace import specification, workspace
 
 SMOKE = "configs/smoke.yaml"
 
@@ -36,6 +38,11 @@ def check_names(rows: list[dict]) -> None:
     of_every_run = [metric for metric in all_metrics().values() if not metric.when]
     assert len(of_every_run) > 35
     assert [metric.name for metric in of_every_run if metric not in map(metric_of, logged)] == []
+    for section in specification(workspace("", "", "of this run", logged))["section"]["panelBankConfig"]["sections"]:
+        for panel in section["panels"]:
+            pattern = panel["config"].get("metricRegex")
+            drawn = re.compile(pattern or "|".join(map(re.escape, panel["config"]["metrics"])))
+            assert any(map(drawn.fullmatch, logged)), f"{panel['config']['chartTitle']} would be empty"
 
 
 def metrics(folder: Path) -> list[dict]:
