@@ -73,7 +73,7 @@ class Panel:
         >>> panel_of("rank/0/cpu_s").names(["rank/10/cpu_s", "rank/9/cpu_s", "train/loss"])
         ['rank/9/cpu_s', 'rank/10/cpu_s']
         """
-        logged = sorted(set(logged), key=lambda name: [(len(part), part) for part in name.split("/")])
+        logged = sorted(set(logged), key=_by_words_and_numbers)
         return [name for metric in self.metrics for name in logged if metric_of(name) is metric]
 
 
@@ -118,6 +118,10 @@ def panel_of(name: str) -> Panel | None:
     """
     metric = metric_of(name)
     return next((panel for panel in all_panels() if metric in panel.metrics), None)
+
+
+def _by_words_and_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split("/")]
 
 
 def _table() -> dict:

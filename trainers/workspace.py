@@ -1,4 +1,4 @@
-"""The wandb workspace of our runs: a panel for every metric of metrics.toml, in its sections. For scripts/dashboard.py."""
+"""The wandb workspace of our runs, for scripts/dashboard.py: a panel for every metric of metrics.toml, by section."""
 
 import json
 from collections.abc import Collection
