@@ -213,8 +213,7 @@ class Dashboard:
             lines.append(("step", f"{median(seconds):.1f} s  (median), {sum(seconds) / 60:.1f} min in all"))
         lines.append(("files", str(self.folder)))
         if self._wandb is not None:
-            offline = f"offline; to upload: wandb sync {_sync_folder(self._wandb)}"
-            lines.append(("wandb", offline if self._wandb.offline else self._wandb.url or offline))
+            lines.append(("wandb", self._wandb.url or f"offline; to upload: wandb sync {_sync_folder(self._wandb)}"))
         return "\n".join(f"  {name:<9} {text}" for name, text in lines)
 
     def _show(self, step: int, row: Mapping[str, float]) -> None:
@@ -327,6 +326,8 @@ def _start_wandb(folder: Path, config: WandbConfig, run_id: str | None) -> "Run 
         # Offline shall mean no network at all: wandb's own crash reports look their server up otherwise.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
+
+    wandb.setup(_quiet_settings())  # a run's own settings do not quiet what is said outside of it
 
     def start(mode: Literal["online", "offline"]) -> "Run":
         run = wandb.init(
