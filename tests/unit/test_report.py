@@ -76,6 +76,13 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert [row["step"] for _, row in tables(runs)[0]["rows"]] == sorted([*range(6)] * 8)
 
 
+def test_settings_of_two_algorithms_meet_under_one_key(tmp_path):
+    for name, text in (("a", "grpo: {steps: 2, oversample: 0}"), ("b", "ppo: {steps: 3}\nrun: {name: b}")):
+        (write_rows(tmp_path / name, {"reward/mean": 0.5}) / "config.yaml").write_text(text)
+    shown = settings(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert shown == [("grpo/ppo.steps", [2, 3]), ("grpo/ppo.oversample", [0, "–"])]
+
+
 def test_runs_of_one_name_are_told_apart_and_mistakes_are_named(tmp_path):
     for parent in ("x", "y"):
         make_run(tmp_path / parent / "run", steps=1)

@@ -165,7 +165,7 @@ def _draw(panel: Panel, title: str, lines: list[Line], span: tuple[int, int], to
         axes.set_ylim(*limits(lines, panel.unit))
     pad = 0.6 if panel.stacked and span[1] - span[0] <= MANY_STEPS else 0.02 * (span[1] - span[0])
     axes.set_xlim(span[0] - max(pad, 0.1), span[1] + max(pad, 0.1))
-    _style(axes)
+    _style(axes, panel.unit)
     return Chart(panel, title, lines, _svg(figure, title), _data(axes, lines, panel))
 
 
@@ -200,9 +200,9 @@ def limits(lines: Sequence[Line], unit: str) -> tuple[float, float]:
     return low - air, high + air
 
 
-def _style(axes: Axes) -> None:
+def _style(axes: Axes, unit: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=unit == "count", nbins=4, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)

@@ -138,14 +138,14 @@ def spread(samples: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]
 
 
 def environments(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Every entry of the runs' environments, packages one by one, as text; empty where a run lacks it."""
+    """Every entry of the runs' environments, packages one by one, as text; an en dash where a run lacks it."""
     flattened = []
     for run in runs:
         entries = {key: value for key, value in run.environment.items() if key != "packages"}
         flattened.append(entries | run.environment.get("packages", {}))
     keys = dict.fromkeys(key for entries in flattened for key in entries)
     return [
-        (key, ["" if entries.get(key) in (None, []) else _text(entries[key]) for entries in flattened]) for key in keys
+        (key, ["–" if entries.get(key) in (None, []) else _text(entries[key]) for entries in flattened]) for key in keys
     ]
 
 

@@ -12,11 +12,14 @@ import numpy as np
 import yaml
 
 from trainers.config import EvaluateConfig, Experiment, GRPOConfig, PPOConfig
-from trainers.dashboard import SUMMARY_STEPS, read_metrics
+from trainers.dashboard import read_metrics
 from trainers.metrics import panel_of
 
 OF_SECTION = {"ppo": PPOConfig, "grpo": GRPOConfig}
 """The experiment that a config with such a section is of."""
+OF_NO_INTEREST = ("run.", "wandb.")
+"""Sections that say only where a run is recorded."""
+ENDS = 5  # the first and the last steps whose mean reward is shown
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ def headlines(run: Run) -> dict[str, Headline]:
     """The figures that a run is judged by, those that it has, by their labels."""
     found = []
     if rewards := run.finite("reward/mean"):
-        first, last = fmean(rewards[:SUMMARY_STEPS]), fmean(rewards[-SUMMARY_STEPS:])
-        count = min(len(rewards), SUMMARY_STEPS)
+        first, last = fmean(rewards[:ENDS]), fmean(rewards[-ENDS:])
+        count = min(len(rewards), ENDS)
         steps = "step" if count == 1 else f"{count} steps"
         found.append(Headline("Reward", f"{last:.3f}", f"last {steps}; first: {first:.3f}", last))
     if accuracy := run.finite("eval/accuracy"):
@@ -185,15 +188,18 @@ def defaults_of(run: Run) -> dict[str, Any]:
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """Keys that are of interest, each with its value in every run (None where the run lacks it).
+    """Keys that are of interest, each with its value in every run (an en dash where the run has no such key).
 
-    Of one run those that are not at their defaults; of several those in which they differ. Where the run is recorded
-    is of no interest.
+    Of one run those that are not at their defaults; of several those in which they differ, where hyperparameters of one
+    name are one key, whatever the algorithm. Where the run is recorded is of no interest.
     """
-    configs = [flat(run.config) for run in runs]
-    compared = [defaults_of(runs[0]), *configs] if len(runs) == 1 else configs
-    keys = dict.fromkeys(key for config in configs for key in config)
-    differing = [key for key in keys if any(config.get(key) != compared[0].get(key) for config in compared)]
-    return [
-        (key, [config.get(key) for config in configs]) for key in differing if not key.startswith(("run.", "wandb."))
+    algorithms = "/".join(dict.fromkeys(run.algorithm for run in runs if run.algorithm))
+    configs = [
+        flat({algorithms if key == run.algorithm else key: run.config[key] for key in run.config}) for run in runs
     ]
+    compared = [defaults_of(runs[0]), *configs] if len(runs) == 1 else configs
+    keys = [
+        key for key in dict.fromkeys(key for config in configs for key in config) if not key.startswith(OF_NO_INTEREST)
+    ]
+    differing = [key for key in keys if any(config.get(key, "–") != compared[0].get(key, "–") for config in compared)]
+    return [(key, [config.get(key, "–") for config in configs]) for key in differing]
