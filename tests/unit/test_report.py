@@ -126,8 +126,15 @@ def test_phases_stack_and_a_phase_that_was_not_logged_is_nothing(tmp_path):
     folder = write_rows(tmp_path / "run", {"phase/generate_s": 2.0, "phase/optimize_s": 4.0}, {"phase/optimize_s": 3.0})
     generate, optimize = chart_of(folder, "phase/generate_s").lines
     assert (generate.values.tolist(), optimize.values.tolist()) == ([2.0, 0.0], [4.0, 3.0])
-    lower, upper = chart_of(folder, "phase/generate_s").data["lines"]
-    assert upper["y"][0] < lower["y"][0] and upper["values"] == [4.0, 3.0]  # stands on the other, says its own
+    chart = chart_of(folder, "phase/generate_s")
+    lower, upper = chart.data["lines"]
+    ground = lower["y"][1]  # 0 s
+    second = (ground - lower["y"][0]) / 2
+    assert upper["values"] == [4.0, 3.0]  # says its own seconds, and stands on the other
+    assert upper["y"] == pytest.approx([ground - 6 * second, ground - 3 * second], abs=0.1)
+    bars = re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--series-2\)', chart.svg)
+    tops = [min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", bar)) for bar in bars]
+    assert tops == pytest.approx(upper["y"], abs=0.1)
 
 
 def test_values_that_are_no_numbers_are_counted(tmp_path):
