@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ModelDtype = Literal["bfloat16", "float16", "float32"]
+Sleep = Literal["nothing", "kv_cache", "all"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class RolloutConfig:
             False runs one step at a time. The tokens are the same.
         enforce_eager: True switches torch.compile and CUDA graphs off: a faster start, slower steps.
         enable_prefix_caching: True shares the KV blocks of equal prompt prefixes; emptied by every weight sync.
+        sleep: what the engine gives back while the trainer trains, and takes again afterwards: nothing, the KV cache,
+            or all, with the weights, which the next weight sync brings back (CUDA only; on the CPU the KV cache's
+            pages always go).
         seed: of the engine's own random streams, which the trainer's never touch.
         simulate_step_ms: run no model: each step occupies a simulated accelerator for this many milliseconds, and the
             tokens are made up. It measures the host's share of a step (benchmarks; vLLM's CPU build only).
@@ -56,6 +60,7 @@ class RolloutConfig:
     async_scheduling: bool = True
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    sleep: Sleep = "nothing"
     seed: int = 0
     simulate_step_ms: float | None = None
     stall_timeout_s: float = 600.0

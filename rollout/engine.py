@@ -61,6 +61,7 @@ class RolloutEngine:
         self._collected: Collected | None = None
         self._num_phases = 0
         self._version = UNSYNCED
+        self._weights_lost = False
         self._synced: Callable[[], nn.Module | None] = lambda: None  # a weak reference
         self._metrics: dict[str, float] = {}
         with ExitStack() as watching:
@@ -123,11 +124,14 @@ class RolloutEngine:
             ValueError: if a prompt is empty or leaves no room for `max_tokens` within `max_model_len`, or if the ranks
                 were given different sampling or seeds.
             RanksDisagree: if the ranks of the group scheduled or sampled different things (rollout/agreement.py).
-            RuntimeError: if the engine is closed, busy or broken by an earlier error.
+            RuntimeError: if the engine is closed, busy or broken by an earlier error, or has lost its weights in its
+                sleep.
+            MemoryError: if a GPU has not got the memory any more that the engine gave back; says who holds it.
         """
         sampling = sampling or SamplingConfig()
         seed = self._num_phases if seed is None else seed
         with self._fence.one_caller():
+            self._check_weights_are_there()
             ours = [self._token_ids(prompt) for prompt in prompts]
             prompts_of_ranks = self._share(ours, sampling, seed)
             self._check_prompts(prompts_of_ranks, sampling)
@@ -143,8 +147,8 @@ class RolloutEngine:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
 
         Args:
-            policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP or in FSDP2's shards
-                (`fully_shard`); the same on every rank.
+            policy: a Hugging Face causal language model of the engine's architecture, plain, in DDP or in FSDP2's
+                shards (`fully_shard`); the same on every rank.
             version: recorded by every rollout made from now on; at least 0.
 
         Raises:
@@ -154,8 +158,9 @@ class RolloutEngine:
         if version < 0:
             raise ValueError(f"version is {version}; it must be at least 0")
         with self._fence.one_caller(), self._fence.busy("syncing weights"):
+            self._core.executor.take_again("weights")
             report = sync_policy(self._core, policy, version)
-        self._version, self._synced = version, weakref.ref(policy)
+        self._version, self._synced, self._weights_lost = version, weakref.ref(policy), False
         return report
 
     def check_weights(self, policy: nn.Module) -> None:
@@ -166,9 +171,10 @@ class RolloutEngine:
 
         Raises:
             StaleWeights: names the first parameter that differs.
-            RuntimeError: if nothing was synced yet, or not by a plan.
+            RuntimeError: if nothing was synced yet, or not by a plan, or the weights were lost in the engine's sleep.
         """
         with self._fence.one_caller():
+            self._check_weights_are_there()
             if not self._core.executor.sync_layers():
                 raise RuntimeError("there is no plan to compare by: sync first, and see SyncReport.planned")
             with self._fence.busy("checking weights"):
@@ -182,9 +188,11 @@ class RolloutEngine:
         self.sleep()
 
     def sleep(self) -> int:
-        """Give back the memory that only generation needs; the next `generate` takes it again, by itself.
+        """Give back memory that only generation needs: on the CPU the KV cache's pages, on CUDA `config.sleep`.
 
-        On the CPU: the pages of the KV cache. On CUDA nothing is given back yet.
+        The next `sync_weights` takes the memory of the weights again, and the next `generate` that of the KV cache, in
+        this order, so that a sync does not add to the KV cache. Weights that were given back are lost: a sync must come
+        before the next `generate`.
 
         Returns:
             The bytes that this rank gave back.
@@ -194,7 +202,8 @@ class RolloutEngine:
         """
         with self._fence.one_caller(), self._fence.busy("falling asleep"):
             empty_prefix_cache(self._core)
-            return self._core.executor.release_kv_cache()
+            self._weights_lost = self.world.device.type == "cuda" and self.config.sleep == "all"
+            return self._core.executor.give_back()
 
     def close(self) -> None:
         """Stop the execute thread and free the engine. The process group stays as it is. Safe to call twice.
@@ -234,6 +243,7 @@ class RolloutEngine:
         from rollout.backend.core import make_requests
 
         self._collected = None  # nothing of the last phase passes for this one's, should it be interrupted
+        self._core.executor.take_again("weights", "kv_cache")
         requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
@@ -277,6 +287,12 @@ class RolloutEngine:
                         f"(rollout.max_model_len {self._core.max_model_len} less sampling.max_tokens "
                         f"{sampling.max_tokens}): shorten the prompt or raise rollout.max_model_len"
                     )
+
+    def _check_weights_are_there(self) -> None:
+        if self._weights_lost:
+            raise RuntimeError(
+                "the engine gave its weights back when it fell asleep (rollout.sleep is all): call sync_weights first"
+            )
 
     def _check_same_config(self) -> None:
         everyones: list[Any] = [None] * self.tensor_parallel_size

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -164,6 +165,7 @@ def table(found: list[dict], ratios: list[float]) -> str:
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the ranks are ended, too
     systems = {"ours": run_ours} | ({"TRL": run_trl} if args.peer else {})
     runs: dict[str, list[Run]] = {name: [] for name in systems}
     for pair in range(args.pairs):

@@ -1,6 +1,7 @@
 """From our configuration to vLLM's engine core, and from our prompts to its requests."""
 
 import gc
+import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from rollout.config import RolloutConfig, SamplingConfig
 GIB = 1024**3
 # On the CPU vLLM would take a share of all memory; the trainer needs it. 1 GiB holds 45,000 tokens of a 135M model.
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
+# oneDNN keeps compiled products, one for each number of tokens in a step, of 0.3 MiB each. Its own limit of 1024 lets a
+# rank grow for over a thousand phases (docs/results.md, the soak).
+ONEDNN_PRODUCTS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Core:
 
 def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> Core:
     """Load the model and allocate its KV cache; on every rank, with the default process group in place."""
+    if not on_cuda:
+        os.environ.setdefault(*ONEDNN_PRODUCTS)  # read once, when the first product is compiled
     arguments = engine_arguments(model, tensor_parallel_size, config, on_cuda)
     engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
     executor = engine_core.model_executor
@@ -90,7 +96,11 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
     if kv_cache_gib is None and not on_cuda:
         kv_cache_gib = DEFAULT_CPU_KV_CACHE_GIB
     # Ranks of tokens would take the whole vocabulary on every rank; nothing here asks for them.
-    additional_config: dict[str, bool | float] = {"async_scheduling": config.async_scheduling, "token_ranks": False}
+    additional_config: dict[str, bool | float | str] = {
+        "async_scheduling": config.async_scheduling,
+        "token_ranks": False,
+        "sleep": config.sleep,
+    }
     if config.simulate_step_ms is not None:
         additional_config["simulate_step_ms"] = config.simulate_step_ms
     return EngineArgs(
@@ -107,6 +117,7 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
         gpu_memory_utilization=config.gpu_memory_utilization,
         block_size=config.block_size,
         enforce_eager=config.enforce_eager,
+        enable_sleep_mode=on_cuda and config.sleep != "nothing",
         enable_prefix_caching=config.enable_prefix_caching,
         async_scheduling=config.async_scheduling,
         scheduler_cls=SteadyAsyncScheduler if config.async_scheduling else SteadyScheduler,

@@ -29,10 +29,10 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rollout.backend.attention import replace_attention
 from rollout.backend.execute_thread import ExecuteThread
-from rollout.backend.memory import release_pages
 from rollout.backend.refusals import refuse_different_settings, refuse_what_ranks_decide_alone
 from rollout.backend.sampler import GatheredSampler, RequestSeeds, ShardedSampler, shard_sampling
 from rollout.backend.shared_memory import unlink_shared_memory
+from rollout.backend.sleep import SleepingMemory
 from rollout.backend.sync_plan import Layer
 from rollout.backend.weight_sync import Loaded, Weights, WeightSync
 from rollout.backend.worker import unlink_broadcast_queue
@@ -116,6 +116,7 @@ class TorchrunExecutor(Executor):
         self._request_seeds: RequestSeeds | None = None
         self._sharded_sampler: ShardedSampler | None = None
         self._weight_sync: WeightSync | None = None
+        self._sleeping_memory: SleepingMemory | None = None
         self._seeds = np.random.default_rng(self.model_config.seed)
         with preserved_trainer_state(), closed_to_the_network():
             world = init_world()
@@ -203,18 +204,28 @@ class TorchrunExecutor(Executor):
         """
         self.thread.run(lambda: self._sync().check(weights))
 
-    def release_kv_cache(self) -> int:
-        """Give the KV cache's pages back to the operating system, behind whatever is queued; returns the bytes.
+    def give_back(self) -> int:
+        """Memory that only generation needs, behind whatever is queued; returns the bytes."""
+        return self.thread.run(lambda: self._memory().give_back())
 
-        Its blocks must be free, and forgotten by the prefix cache. On the CPU alone: elsewhere nothing is given back.
+    def take_again(self, *parts: str) -> None:
+        """Of "weights" and "kv_cache" what was given back.
+
+        Raises:
+            MemoryError: if the GPU has not got it any more; says who holds it.
         """
-        if not current_platform.is_cpu():
-            return 0
-        return self.thread.run(lambda: release_pages(self.driver_worker.model_runner.kv_caches))
+        self.thread.run(lambda: self._memory().take_again(*parts))
 
     def sync_layers(self) -> list[Layer]:
         """What fills what in a sync by the plan; empty without one."""
         return self._sync().layers
+
+    def _memory(self) -> SleepingMemory:
+        if self._sleeping_memory is None:
+            sleep = self.vllm_config.additional_config.get("sleep", "nothing")
+            worker = self.driver_worker
+            self._sleeping_memory = SleepingMemory(worker, worker.model_runner.kv_caches, sleep)
+        return self._sleeping_memory
 
     def _sync(self) -> WeightSync:
         if self._weight_sync is None:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from rollout.backend.transpose import copy_into
+
 Box = tuple[slice, ...]
 """A part of a tensor: a start and a stop for each dimension."""
 
@@ -419,7 +421,7 @@ class Run:
         """
         exchange = self._exchange
         for target, source, box in exchange.copies.get(step, ()):
-            target.copy_(self._local(source)[box])
+            copy_into(target, self._local(source)[box])
         for number in exchange.due.get(step, ()):
             while self._arrived <= number:
                 exchange.channel.wait(self._arrived % 2)
@@ -428,7 +430,7 @@ class Run:
                 self._send(self._arrived)
             incoming = exchange.channel.wait(number % 2)
             for target, slot in exchange.buckets[number].incoming.get(step, ()):
-                target.copy_(slot.of(incoming))
+                copy_into(target, slot.of(incoming))
 
     def _send(self, number: int) -> None:
         if number == len(self._exchange.buckets):

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_world_group
+from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
 from rollout.backend.shard_exchange import (
@@ -30,6 +32,7 @@ from rollout.backend.shard_exchange import (
     local_part,
 )
 from rollout.backend.sync_plan import Layer, NoPlan, make_plan
+from rollout.backend.transpose import transposed_buffer
 from rollout.backend.weight_check import PROBES, Filled, differs, filled, strips
 from rollout.backend.worker import load_policy_weights
 from rollout.weights import StaleWeights
@@ -224,7 +227,8 @@ class PlannedSync:
                 parameter = getattr(layer.module, each.target)
                 if each.packed:
                     if each.shape not in buffers:
-                        buffers[each.shape] = Parameter(torch.zeros(each.shape, dtype=each.dtype), requires_grad=False)
+                        buffer = buffer_to_pack(each.shape, each.dtype)
+                        buffers[each.shape] = Parameter(buffer, requires_grad=False)
                     parameter = packed[each.target] = buffers[each.shape]
                 targets += [parameter.data[copy.target_box] for copy in each.copies]
         return targets
@@ -359,6 +363,12 @@ def whole_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         assert isinstance(weight, DTensor)
         return weight.full_tensor()
     return weight
+
+
+def buffer_to_pack(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, (outputs, inputs), in the layout that they are packed from fastest; by vLLM's choice of who packs."""
+    by_onednn = len(shape) == 2 and not current_platform.is_zen_cpu() and not check_cpu_sgl_kernel(*shape, dtype)
+    return transposed_buffer(shape, dtype) if by_onednn else torch.zeros(shape, dtype=dtype)
 
 
 def pack(module: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig
 
-CONFIG = RolloutConfig(max_model_len=512, kv_cache_gib=0.25, enforce_eager=True, block_size=32)
+CONFIG = RolloutConfig(max_model_len=512, kv_cache_gib=0.25, enforce_eager=True, block_size=32, sleep="all")
 SAMPLING = SamplingConfig(max_tokens=16, ignore_eos=True)
 PROMPTS = [np.random.default_rng(number).integers(3, 500, 300).tolist() for number in range(64)]
 

@@ -28,6 +28,7 @@ SURFACE = {
     "vllm.engine.arg_utils": ["EngineArgs.create_engine_config"],
     "vllm.envs": ["VLLM_ENABLE_V1_MULTIPROCESSING"],
     "vllm.model_executor.layers.attention": ["Attention"],
+    "vllm.model_executor.layers.utils": ["check_cpu_sgl_kernel(n, k, dtype)"],
     "vllm.model_executor.layers.logits_processor": [
         "LogitsProcessor._apply_head",
         "LogitsProcessor._get_logits(hidden_states, lm_head, embedding_bias, skip_gather)",
@@ -49,7 +50,12 @@ SURFACE = {
     "vllm.model_executor.model_loader.reload.meta": ["materialize_meta_tensor(meta_tensor)"],
     "vllm.model_executor.model_loader.reload.types": ["LayerReloadingInfo.can_load", "LayerReloadingInfo.reset"],
     "vllm.model_executor.model_loader.reload.utils": ["get_layer_tensors"],
-    "vllm.platforms": ["current_platform.is_cpu", "current_platform.update_block_size_for_backend", "current_platform"],
+    "vllm.platforms": [
+        "current_platform.is_cpu",
+        "current_platform.update_block_size_for_backend",
+        "current_platform",
+        "current_platform.is_zen_cpu",
+    ],
     "vllm.sampling_params": [
         "SamplingParams.update_from_generation_config(generation_config, eos_token_id)",
         "SamplingParams.num_logprobs",
@@ -164,6 +170,7 @@ SURFACE = {
         "GPUModelRunner._get_prompt_logprobs_dict",
         "GPUModelRunner.initialize_kv_cache_tensors",
     ],
+    "vllm.v1.worker.gpu_worker": ["Worker.sleep(level)", "Worker.discard(tags)", "Worker.wake_up(tags)"],
     "vllm.v1.worker.worker_base": [
         "WorkerBase",
         "WorkerWrapperBase.init_worker(all_kwargs)",
