@@ -1,8 +1,10 @@
 """What a step learns from: prompts answered and scored, round by round, and this rank's batch of it."""
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from trainers.across_ranks import sum_over_ranks
 from trainers.balance import gather, groups_of, join, share_evenly
 from trainers.batching import TrainBatch, make_batch, no_rows
 from trainers.config import Experiment
+from trainers.dashboard import memory_metrics
 from trainers.data import PromptStream
 from trainers.dynamic_sampling import Round, add_rounds, count_groups, kept_groups, round_seed
 from trainers.scoring import Scorer, join_scores
@@ -30,7 +33,7 @@ def generate_rounds(
     Every rank makes as many rounds: how many groups were found is counted over all of them.
 
     Returns:
-        This rank's rounds; and the rollout/* and reward/* metrics of all of them, all ranks.
+        This rank's rounds; and the rollout/*, rank/* and reward/* metrics of all of them, all ranks.
     """
     hyper = config.algorithm
     rounds: list[Round] = []
@@ -41,8 +44,9 @@ def generate_rounds(
             prompt_ids = [example.prompt_ids for example in examples]
             scoring = scorer.begin(examples)
             seed = round_seed(step, len(rounds))
+            cpu_s = time.process_time()
             rollouts = engine.generate(prompt_ids, config.sampling, seed=seed, on_step=scoring.on_step)
-            of_rounds.append(rollout_metrics(engine))
+            of_rounds.append(rollout_metrics(engine, time.process_time() - cpu_s))
         with phase("reward"):
             rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
     scores = join_scores([each.scores for each in rounds])
@@ -77,25 +81,54 @@ def reward_metrics(totals: np.ndarray) -> dict[str, float]:
     return {"reward/mean": mean, "reward/std": max(squares / count - mean**2, 0.0) ** 0.5}
 
 
-def rollout_metrics(engine: RolloutEngine) -> dict[str, float]:
-    """The rollout/* metrics of the whole job: each tensor-parallel group counted once."""
+def rollout_metrics(engine: RolloutEngine, cpu_s: float) -> dict[str, float]:
+    """The rollout/* metrics of the whole job, each tensor-parallel group counted once; and the rank/* ones of all.
+
+    Args:
+        cpu_s: that this rank's process has computed for the phase, all threads.
+    """
+    ours = {"rank/cpu_s": cpu_s} | memory_metrics()
     everyones: list = [None] * engine.world.size
-    dist.all_gather_object(everyones, engine.metrics)
-    return merge_groups(everyones[:: engine.tensor_parallel_size])
+    dist.all_gather_object(everyones, (engine.metrics, ours))
+    merged = merge_groups([metrics for metrics, _ in everyones[:: engine.tensor_parallel_size]])
+    return merged | rank_metrics([rollout | of_rank for rollout, of_rank in everyones])
 
 
-def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Append a few of this rank's responses, one JSON object a line, special tokens shown."""
+def rank_metrics(everyones: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of which a rank's own is of interest, by its number.
+
+    >>> rank_metrics([{"rank/cpu_s": 1.5, "rollout/seconds": 2.0}, {"rank/cpu_s": 0.5, "rollout/seconds": 2.0}])
+    {'rank/0/cpu_s': 1.5, 'rank/1/cpu_s': 0.5}
+    """
+    names = ("rank/cpu_s", "rollout/host_gap_fraction", "memory/rss_gib", "memory/device_gib")
+    return {
+        f"rank/{rank}/{name.partition('/')[2]}": figures[name]
+        for rank, figures in enumerate(everyones)
+        for name in names
+        if name in figures
+    }
+
+
+def samples_of(step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A few of this rank's responses, special tokens shown."""
+    scored = list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]
+    return [
+        {
+            "step": step,
+            "prompt": first.examples[rollout.prompt_index].text,
+            "response": tokenizer.decode(rollout.response_ids),
+            "answer": first.examples[rollout.prompt_index].answer,
+            "reward": reward,
+            "tokens": len(rollout.response_ids),
+            "finish_reason": rollout.finish_reason,
+            "version": rollout.version,
+        }
+        for rollout, reward in scored
+    ]
+
+
+def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Append them, one JSON object a line."""
     with (folder / SAMPLES_FILE).open("a") as file:
-        for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
-            example = first.examples[rollout.prompt_index]
-            sample = {
-                "step": step,
-                "prompt": example.text,
-                "response": tokenizer.decode(rollout.response_ids),
-                "answer": example.answer,
-                "reward": reward,
-                "finish_reason": rollout.finish_reason,
-                "version": rollout.version,
-            }
+        for sample in samples:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """The eyes on a run: metrics.jsonl, wandb, a progress bar, and a summary at the end. Rank 0 alone writes.
 
-Names and meanings of the metrics: docs/metrics.md.
+Names and meanings of the metrics: docs/metrics.md, and metrics.toml beside this file.
 """
 
 import json
@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from trainers.config import RunConfig, WandbConfig
 from trainers.errors import ConfigError
+from trainers.metrics import metric_of
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -28,6 +29,7 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 StartMode = Literal["online", "offline", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLE_TABLES = 50  # of a run at most: each is a file of its own on wandb
 SUMMARY_STEPS = 5  # the first and the last steps whose mean reward the summary compares
 WANDB_INIT_TIMEOUT_S = 30.0
 
@@ -81,6 +83,8 @@ class Dashboard:
         self._total_steps = total_steps
         self._is_main = is_main
         self._progress = is_main and run_config.progress
+        self._samples: list[Mapping[str, Any]] = []  # since the last table of them
+        self._defined: set[str] = set()  # names that wandb has been told about
         self._shown = ""  # the latest figures, as the bar shows them
         self._wandb: Run | None = None
         self._bar: tqdm | None = None
@@ -122,8 +126,17 @@ class Dashboard:
         self._file.write(to_json_line(step, row))
         self._file.flush()
         if self._wandb is not None:
+            self._define(row)
             self._wandb.log({"step": step, **row})
         self._show(step, row)
+
+    def _define(self, names: Iterable[str]) -> None:
+        """Tell wandb of each metric, before it first sees it, over what it is drawn and what to keep of its steps."""
+        assert self._wandb is not None
+        for name in names:
+            if name not in self._defined and (metric := metric_of(name)) is not None:
+                self._wandb.define_metric(name, step_metric="step", summary=metric.summary)
+            self._defined.add(name)
 
     def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show rows that are no numbers, such as samples, as one table in wandb; nothing is done without wandb.
@@ -131,14 +144,27 @@ class Dashboard:
         Args:
             step: of the run, from 0.
             name: of the table.
-            rows: at least one; all with the same columns.
+            rows: at least one; all with the same columns. Numbers stay numbers, the rest becomes text.
         """
         if self._wandb is None:
             return
         import wandb
 
-        table = wandb.Table(columns=list(rows[0]), data=[[str(value) for value in row.values()] for row in rows])
-        self._wandb.log({"step": step, name: table})
+        data = [[value if isinstance(value, int | float) else str(value) for value in row.values()] for row in rows]
+        self._wandb.log({"step": step, name: wandb.Table(columns=list(rows[0]), data=data)})
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show what was said in training as tables `samples` in wandb: none is lost, and a long run has 50 tables.
+
+        Args:
+            step: of the run, from 0.
+            rows: of this step, as for `log_table`.
+        """
+        self._samples += rows
+        steps_a_table = math.ceil(self._total_steps / SAMPLE_TABLES)
+        if self._samples and ((step + 1) % steps_a_table == 0 or step + 1 == self._total_steps):
+            self.log_table(step, "samples", self._samples)
+            self._samples = []
 
     @property
     def wandb_id(self) -> str | None:
@@ -301,6 +327,8 @@ def _start_wandb(folder: Path, config: WandbConfig, run_id: str | None) -> "Run 
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
+    wandb.setup(_quiet_settings())  # a run's own settings do not quiet what is said outside of it
+
     def start(mode: Literal["online", "offline"]) -> "Run":
         run = wandb.init(
             mode=mode,
@@ -317,7 +345,7 @@ def _start_wandb(folder: Path, config: WandbConfig, run_id: str | None) -> "Run 
             settings=_quiet_settings(),
         )
         run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+        run.define_metric("*", step_metric="step")  # whatever metrics.toml does not name
         return run
 
     try:

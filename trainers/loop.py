@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from rollout import RolloutEngine, Watch, World, beat, init_world, watched
 from trainers.batching import TrainBatch
 from trainers.checkpoint import About, save
-from trainers.collection import batch_of, generate_rounds, write_samples
+from trainers.collection import batch_of, generate_rounds, samples_of, write_samples
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
@@ -135,7 +135,9 @@ def learn(
                     with phase("optimize"):
                         metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
-                write_samples(folder, step, rounds[0], tokenizer)
+                samples = samples_of(step, rounds[0], tokenizer)
+                write_samples(folder, samples)
+                dashboard.log_samples(step, samples)
             if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step
                 with phase("checkpoint"):
                     about = about_now(config, start, step + 1, stream, world, dashboard)

@@ -1,11 +1,14 @@
 """scripts/ppo.py as a user runs it: a whole tiny run, and the mistakes a user makes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.launch import Completed, launch
+from trainers.metrics import all_metrics, metric_of
+from trainers.workspace import specification, workspace
 
 SMOKE = "configs/smoke.yaml"
 
@@ -28,6 +31,20 @@ def ppo(*overrides: str, nproc: int | None = 2, timeout_s: float = 240.0) -> Com
     return launch(["scripts/ppo.py", *overrides], nproc=nproc, timeout_s=timeout_s)
 
 
+def check_names(rows: list[dict]) -> None:
+    """All that the run logged is in the table of metrics, and all that every run logs is in its rows."""
+    logged = set().union(*rows) - {"step"}
+    assert [name for name in logged if metric_of(name) is None] == [], "to be added to trainers/metrics.toml"
+    of_every_run = [metric for metric in all_metrics().values() if not metric.when]
+    assert len(of_every_run) > 35
+    assert [metric.name for metric in of_every_run if metric not in map(metric_of, logged)] == []
+    for section in specification(workspace("", "", "of this run", logged))["section"]["panelBankConfig"]["sections"]:
+        for panel in section["panels"]:
+            pattern = panel["config"].get("metricRegex")
+            drawn = re.compile(pattern or "|".join(map(re.escape, panel["config"]["metrics"])))
+            assert any(map(drawn.fullmatch, logged)), f"{panel['config']['chartTitle']} would be empty"
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -44,6 +61,8 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     for row in rows:
         assert row.keys() >= ALWAYS
         assert row["train/logprob_gap_mean"] < 0.06  # as in tests/engine/test_weights.py: a random model, bfloat16
+    check_names(rows)
+    assert rows[0]["rank/0/rss_gib"] != rows[0]["rank/1/rss_gib"]
     for file in ("config.yaml", "environment.json", "samples.jsonl", "reward.png", "phases.png", "policy/config.json"):
         assert (tmp_path / "first" / file).stat().st_size > 0, file
     assert list((tmp_path / "first").glob("wandb/offline-run-*/run-*.wandb"))
@@ -69,6 +88,7 @@ def test_grpo_in_shards_under_torchrun(tiny_model_path: Path, tmp_path: Path) ->
     assert done.left_running == []
     rows = metrics(tmp_path / "grpo")
     assert [row["step"] for row in rows] == [0, 1]
+    check_names(rows)
     for row in rows:
         assert row.keys() >= ALWAYS | {"train/kl_ref", "train/mismatch_weight", "train/mismatch_cut"}
         assert row["train/kl"] == 0.0, "one update a step: the ratio is 1"

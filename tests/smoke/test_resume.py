@@ -23,7 +23,7 @@ OF = {
 }
 # Times, rates and memory: all that may differ.
 MEASURED = re.compile(
-    r"phase/.*|memory/.*|(.*/)?seconds|.*_per_s|.*_ms|rollout/(host_gap|tail)_fraction|rollout/.*overlap.*"
+    r"phase/.*|memory/.*|rank/.*|(.*/)?seconds|.*_per_s|.*_ms|rollout/(host_gap|tail)_fraction|rollout/.*overlap.*"
 )
 
 

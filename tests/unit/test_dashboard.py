@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from trainers import dashboard as module
 from trainers.config import RunConfig, WandbConfig
-from trainers.dashboard import METRICS_FILE, Dashboard, memory_metrics, read_metrics, wandb_mode
+from trainers.dashboard import METRICS_FILE, SAMPLE_TABLES, Dashboard, memory_metrics, read_metrics, wandb_mode
 from trainers.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -172,10 +173,12 @@ assert "vllm" not in sys.modules
     assert [file.name for file in tmp_path.iterdir()] == [METRICS_FILE]
 
 
-def test_wandb_offline_records_the_run_in_its_folder_and_is_quiet(tmp_path, capfd, no_login):
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+def test_wandb_offline_records_the_run_in_its_folder_and_is_quiet(mode, tmp_path, capfd, no_login, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # vLLM imports it, and wandb has a word on it
     (tmp_path / "config.yaml").write_text("ppo:\n  steps: 54321\n")
     start = time.perf_counter()
-    with Dashboard(tmp_path, WandbConfig(mode="auto", project="the-project", tags=["a-tag"]), QUIET, 1, True) as board:
+    with Dashboard(tmp_path, WandbConfig(mode=mode, project="the-project", tags=["a-tag"]), QUIET, 1, True) as board:
         assert time.perf_counter() - start < 20  # 1.3 s when measured; a stalled look-up takes longer
         board.log(0, {"reward/mean": 0.5, "train/loss": float("nan")})
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
@@ -185,6 +188,35 @@ def test_wandb_offline_records_the_run_in_its_folder_and_is_quiet(tmp_path, capf
     out, err = capfd.readouterr()
     assert err == ""
     assert f"wandb sync {record.parent}" in out
+
+
+def recorded(folder: Path, kind: str) -> list[dict]:
+    """What a run's offline record has of one kind, as wandb's own viewer reads it."""
+    (record,) = (folder / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    return [row[kind] for row in map(json.loads, lines) if row["type"] == kind]
+
+
+def test_wandb_is_told_of_each_metric_before_it_comes_and_gets_all_samples(tmp_path, capfd, no_login):
+    steps = 2 * SAMPLE_TABLES
+    with Dashboard(tmp_path, WandbConfig(mode="offline"), QUIET, steps, True) as board:
+        for step in range(steps):
+            board.log(step, {"reward/mean": 0.5, "rank/0/rss_gib": 1.0, "nobody/knows": 2} if step == 7 else {})
+            board.log_samples(step, [{"step": step, "prompt": "3+4?", "reward": 0.25, "answer": ["7"]}])
+    defined = {row["name"]: row for row in recorded(tmp_path, "metric") if "name" in row}
+    assert defined.keys() == {"step", "reward/mean", "rank/0/rss_gib"}
+    assert {row["step_metric"] for name, row in defined.items() if name != "step"} == {"step"}
+    assert defined["reward/mean"]["summary"] == {"last": True, "max": True}
+    assert defined["rank/0/rss_gib"]["summary"] == {"max": True}
+    assert [row["glob_name"] for row in recorded(tmp_path, "metric") if "glob_name" in row] == ["*"]
+
+    tables = [json.loads(file.read_text()) for file in tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*")]
+    assert len(tables) == SAMPLE_TABLES
+    assert {tuple(table["columns"]) for table in tables} == {("step", "prompt", "reward", "answer")}
+    rows = sorted(row for table in tables for row in table["data"])
+    assert rows == [[step, "3+4?", 0.25, "['7']"] for step in range(steps)]  # numbers as numbers, the rest as text
+    assert capfd.readouterr().err == ""
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, capfd, no_login):
