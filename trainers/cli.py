@@ -10,22 +10,22 @@ import dataclasses
 import difflib
 import os
 import re
+import shutil
 import sys
-import textwrap
 import time
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from trainers.checks import check_model, check_world
 from trainers.config import EvaluateConfig, Experiment
 from trainers.errors import ConfigError
+from trainers.help import WIDEST, help_text
+from trainers.keys import accepted
 
 Config = TypeVar("Config", bound=Experiment)
 
@@ -73,7 +73,7 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> tuple[Config, bool
     Args:
         config_class: a dataclass whose fields are dataclasses, the sections.
         argv: at most one YAML file, any number of `section.key=value` (or `--section.key=value`), `--dry-run`,
-            `--help`; of two overrides of one key the later one holds.
+            `--help` with sections or keys to show, or none; of two overrides of one key the later one holds.
 
     Raises:
         ConfigError: for an unknown or repeated key, a wrong type, a number out of range, a contradiction.
@@ -90,12 +90,14 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> tuple[Config, bool
 rollout.max_num_seqs? `--help` lists all keys
     """
     argv = list(argv)
+    keys = _keys(config_class)
     if "--help" in argv or "-h" in argv:
         if _local_rank() == 0:
-            print(help_text(config_class), end="")
+            only = [word for word in argv if word in keys or word in typing.get_type_hints(config_class)]
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDEST
+            print(help_text(config_class, only, width), end="")
         raise SystemExit(0)
     dry_run = "--dry-run" in argv
-    keys = _keys(config_class)
     paths = [word for word in argv if word.endswith(YAML_SUFFIXES) and "=" not in word]
     if len(paths) > 1:
         raise ConfigError(
@@ -143,47 +145,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
-def help_text(config_class: type) -> str:
-    """Every key by section: its default, what it does (from the docstrings) and what it accepts."""
-    prog = Path(sys.argv[0]).name
-    lines = [
-        f"usage: torchrun --nproc_per_node=2 scripts/{prog} [configs/NAME.yaml] [section.key=value ...] [--dry-run]",
-        "",
-        "Defaults < the YAML file < section.key=value. --dry-run checks and prints the resolved config.",
-        'null is None. A list that holds text needs quotes: section.key=\'["a", "b"]\'.',
-    ]
-    about_sections = _argument_docs(config_class)
-    for section, hint in typing.get_type_hints(config_class).items():
-        lines += ["", f"{section}: {about_sections.get(section, '')}"]
-        about, hints, defaults = _argument_docs(hint), typing.get_type_hints(hint), getattr(config_class(), section)
-        for key in hints:
-            value = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=1000).split("\n")[0]
-            text = f"{about.get(key, '')} ({accepted(hints[key])})"
-            lines.append(f"  {section}.{key}={value}")
-            lines += textwrap.wrap(text, 110, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines) + "\n"
-
-
-def accepted(hint: Any) -> str:
-    """What a type takes, in words.
-
-    >>> accepted(int | None), accepted(Literal["no", "bf16"]), accepted(list[str])
-    ('a whole number or null', 'no or bf16', 'a list of texts, as ["a", "b"]')
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(accepted(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(str(argument) for argument in arguments)
-    if origin is list:
-        example = '["a", "b"]' if arguments[0] is str else "[1, 2]"
-        return f"a list of {accepted(arguments[0]).removeprefix('a ')}s, as {example}"
-    if origin is tuple:
-        return f"a list of {len(arguments)} {accepted(arguments[0]).removeprefix('a ')}s, as [0.9, 0.95]"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    return words.get(hint, str(hint))
-
-
 def _keys(config_class: type) -> dict[str, Any]:
     """Each dotted key with its type."""
     return {
@@ -191,13 +152,6 @@ def _keys(config_class: type) -> dict[str, Any]:
         for section, section_class in typing.get_type_hints(config_class).items()
         for key, hint in typing.get_type_hints(section_class).items()
     }
-
-
-def _argument_docs(documented: type) -> dict[str, str]:
-    """Of a dataclass and of those that it extends."""
-    texts = [owner.__doc__ or "" for owner in reversed(documented.__mro__)]
-    params = [param for text in texts for param in docstring_parser.parse(text).params]
-    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
 def _section(section_class: type, values: Any) -> Any:
