@@ -23,12 +23,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from trainers.checks import check_model, check_world
 from trainers.config import EvaluateConfig, Experiment
+from trainers.console import RED, painted, set_up_console
 from trainers.errors import ConfigError
 from trainers.help import WIDEST, help_text
 from trainers.keys import accepted
 
 Config = TypeVar("Config", bound=Experiment)
 
+VERBOSE = "--verbose"
 YAML_SUFFIXES = (".yaml", ".yml")
 WAIT_FOR_FIRST_RANK_S = 5.0
 
@@ -45,15 +47,16 @@ def run_cli(config_class: type[Config], main: Callable[[Config], None], argv: Se
     """Parse the command line, check everything that needs no model, then call `main(config)`.
 
     A ConfigError, from here or from `main`, becomes one paragraph on stderr and exit code 1. With `--dry-run` the
-    tokenizer and the data are read too and the resolved config goes to stdout; `main` is not called.
+    tokenizer and the data are read too and the resolved config goes to stdout; `main` is not called. With `--verbose`
+    the libraries say what they like (trainers/console.py).
 
     Args:
         argv: without the script's name; None takes the process's own.
     """
-    # Read by torch when it is first imported, which is in `main`: notes of its C++ side are not for the user.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    set_up_console(VERBOSE in argv, is_main=os.environ.get("RANK", "0") == "0")
     try:
-        config, dry_run = parse(config_class, sys.argv[1:] if argv is None else argv)
+        config, dry_run = parse(config_class, argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_world(config, world_size)
         check_model(config, world_size)
@@ -73,7 +76,8 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> tuple[Config, bool
     Args:
         config_class: a dataclass whose fields are dataclasses, the sections.
         argv: at most one YAML file, any number of `section.key=value` (or `--section.key=value`), `--dry-run`,
-            `--help` with sections or keys to show, or none; of two overrides of one key the later one holds.
+            `--verbose` (of no concern here), `--help` with sections or keys to show, or none; of two overrides of one
+            key the later one holds.
 
     Raises:
         ConfigError: for an unknown or repeated key, a wrong type, a number out of range, a contradiction.
@@ -103,7 +107,7 @@ rollout.max_num_seqs? `--help` lists all keys
         raise ConfigError(
             f"got {len(paths)} YAML files ({', '.join(paths)}); give one, and section.key=value for the rest"
         )
-    overrides = _read_overrides([word for word in argv if word not in paths and word != "--dry-run"], keys)
+    overrides = _read_overrides([word for word in argv if word not in (*paths, "--dry-run", VERBOSE)], keys)
     from_file = _read_yaml(paths[0], keys) if paths else {}
     # The file by itself first: an error then blames the file, even for a key that is overridden.
     file_arguments = ["--config", paths[0]] if from_file else []
@@ -192,7 +196,8 @@ def _read_overrides(words: list[str], keys: dict[str, Any]) -> dict[str, Given]:
             if key in keys:
                 raise ConfigError(f"{word} has no value; write {key}=VALUE, where VALUE is {accepted(keys[key])}")
             raise ConfigError(
-                f"{word!r} is neither a YAML file nor section.key=value nor --dry-run nor --help{_nearest(key, keys)}"
+                f"{word!r} is neither a YAML file nor section.key=value nor --dry-run, --verbose or --help"
+                f"{_nearest(key, keys)}"
             )
         _refuse_unknown(key, keys, "on the command line")
         given[key] = Given(value, "on the command line", value not in ("null", "~"))
@@ -304,5 +309,5 @@ def _exit_with(error: ConfigError) -> NoReturn:
     """
     if _local_rank() != 0:
         time.sleep(WAIT_FOR_FIRST_RANK_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"{painted('error:', RED, sys.stderr)} {error}", file=sys.stderr, flush=True)
     raise SystemExit(1)

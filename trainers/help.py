@@ -39,10 +39,12 @@ def help_text(config_class: type, only: Sequence[str] = (), width: int = WIDEST)
 def _usage(sections: Sequence[str], width: int) -> list[str]:
     program = f"scripts/{Path(sys.argv[0]).name}"
     paragraphs = [
-        f"usage: torchrun --nproc_per_node=2 {program} [configs/NAME.yaml] [section.key=value ...] [--dry-run]",
+        f"usage: torchrun --nproc_per_node=2 {program} [configs/NAME.yaml] [section.key=value ...] [--dry-run] "
+        "[--verbose]",
         f"       python {program} --help [SECTION | section.key ...]",
         "",
-        "Defaults < the YAML file < section.key=value. --dry-run checks and prints the resolved config.",
+        "Defaults < the YAML file < section.key=value. --dry-run checks and prints the resolved config; --verbose "
+        "shows what the libraries say, on every rank.",
         'null is None. A list that holds text needs quotes: section.key=\'["a", "b"]\'.',
         f"Sections: {', '.join(sections)}. The same as a page: docs/configuration.md.",
     ]

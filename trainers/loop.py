@@ -95,7 +95,7 @@ def learn(
         print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
-        Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id) as dashboard,
+        Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id, start.step) as dashboard,
     ):
 
         @contextmanager

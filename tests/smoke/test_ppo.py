@@ -1,6 +1,7 @@
 """scripts/ppo.py as a user runs it: a whole tiny run, and the mistakes a user makes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,28 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_console(done: Completed, folder: Path) -> None:
+    """Of a run of two steps whose output goes to a file: these lines of rank 0, and no other from any rank."""
+    first, *steps = done.stderr.splitlines()
+    assert first.startswith(f"{folder}: starting the engine")
+    assert [re.sub(r"[\d,]*\d\.\d+|\d[\d,]+(?= tokens)", "N", line) for line in steps] == [
+        f"step {step}/2: reward N, N tokens/s, N s" for step in (1, 2)
+    ]
+    head, *figures, files, wandb = done.stdout.splitlines()
+    assert re.fullmatch(r"  2 of 2 steps in \d+\.\d min +first +last +median", head)
+    assert {"reward", "generated tokens/s", "seconds a step", "optimize"} <= {line[:26].strip() for line in figures}
+    assert files.split() == ["files", str(folder)] and wandb.startswith("  wandb  offline; to upload: wandb sync ")
+    assert "\033" not in done.stdout + done.stderr, "colours, and no terminal"
+
+
 def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     model = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}"]
-    done = ppo(SMOKE, *model, "run.name=first", "run.progress=true", "wandb.mode=offline")
+    as_a_user = {"VLLM_LOGGING_LEVEL": None, "NO_COLOR": None}
+    words = [SMOKE, *model, "run.name=first", "run.progress=true", "wandb.mode=offline"]
+    done = launch(["scripts/ppo.py", *words], timeout_s=240, env=as_a_user)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.left_running == []
-    assert "step 2/2: reward" in done.stderr
+    check_console(done, tmp_path / "first")
     rows = metrics(tmp_path / "first")
     assert [row["step"] for row in rows] == [0, 1]
     assert [row["sync/version"] for row in rows] == [0, 1]

@@ -65,23 +65,33 @@ def test_every_environment_variable_is_listed():
 def constants_of(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     """Names that a module assigns a value at its top level."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            yield node.targets[0].id, node.value
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if is_name(target) and node.value is not None:
+            yield target.id, node.value
 
 
 def variables(tree: ast.Module, constants: dict[str, ast.expr], file: Path) -> Iterator[str]:
     """The names with which a file looks into os.environ, or which it adds to a copy."""
     assigned = {n.targets[0].id: n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and is_name(n.targets[0])}
-    loops = {n.target.id: n.iter for n in ast.walk(tree) if isinstance(n, ast.comprehension) and is_name(n.target)}
+    loops = dict(loops_of(tree))
     for node in ast.walk(tree):
         for key in keys_of(node, assigned):
             while isinstance(key, ast.Name):
                 known = loops.get(key.id) or constants.get(key.id)
                 assert known is not None, f"{file}, line {node.lineno}: which variable is {key.id}?"
                 key = known
-            for each in key.elts if isinstance(key, ast.Tuple | ast.List) else [key]:
+            for each in getattr(key, "elts", None) or getattr(key, "keys", None) or [key]:
                 assert isinstance(each, ast.Constant), f"{file}, line {node.lineno}: which variable is that?"
                 yield each.value
+
+
+def loops_of(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """Names that run through a tuple, or through a dict's items."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.comprehension) and is_name(node.target):
+            yield node.target.id, node.iter
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Tuple) and isinstance(node.iter, ast.Call):
+            yield node.target.elts[0].id, getattr(node.iter.func, "value", node.iter)
 
 
 def keys_of(node: ast.AST, assigned: dict[str, ast.expr]) -> list[ast.expr]:
