@@ -10,16 +10,19 @@ from rollout.types import Prompt, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from rollout.agreement import RanksDisagree
+    from rollout.clocks import seconds_ahead
     from rollout.engine import RolloutEngine
     from rollout.failure import Watch, beat, watched
+    from rollout.spans import Recording, record_span, recorded, span
     from rollout.throughput import merge_groups, overlap_fraction
-    from rollout.trace import merge_traces, write_trace
+    from rollout.trace import merge_traces, recording_events, write_events, write_trace
     from rollout.weights import StaleWeights, SyncReport
     from rollout.world import World, init_world
 
 __all__ = [
     "Prompt",
     "RanksDisagree",
+    "Recording",
     "Rollout",
     "RolloutBatch",
     "RolloutConfig",
@@ -34,12 +37,19 @@ __all__ = [
     "merge_groups",
     "merge_traces",
     "overlap_fraction",
+    "record_span",
+    "recorded",
+    "recording_events",
+    "seconds_ahead",
+    "span",
     "watched",
+    "write_events",
     "write_trace",
 ]
 
 _LAZY = {
     "RanksDisagree": "rollout.agreement",
+    "Recording": "rollout.spans",
     "RolloutEngine": "rollout.engine",
     "StaleWeights": "rollout.weights",
     "SyncReport": "rollout.weights",
@@ -50,7 +60,13 @@ _LAZY = {
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
     "overlap_fraction": "rollout.throughput",
+    "record_span": "rollout.spans",
+    "recorded": "rollout.spans",
+    "recording_events": "rollout.trace",
+    "seconds_ahead": "rollout.clocks",
+    "span": "rollout.spans",
     "watched": "rollout.failure",
+    "write_events": "rollout.trace",
     "write_trace": "rollout.trace",
 }
 

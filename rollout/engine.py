@@ -17,6 +17,7 @@ from rollout.driver import Collected, Phase, drive
 from rollout.failure import watched
 from rollout.fence import Fence, no_backward
 from rollout.isolation import preserved_trainer_state
+from rollout.spans import record_phase, span
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Prompt, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
@@ -129,7 +130,8 @@ class RolloutEngine:
         seed = self._num_phases if seed is None else seed
         with self._fence.one_caller():
             ours = [self._token_ids(prompt) for prompt in prompts]
-            prompts_of_ranks = self._share(ours, sampling, seed)
+            with span("share prompts"):
+                prompts_of_ranks = self._share(ours, sampling, seed)
             self._check_prompts(prompts_of_ranks, sampling)
             everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
             with self._fence.busy("generating"), no_backward(self._synced()):
@@ -239,7 +241,9 @@ class RolloutEngine:
         self._phase = Phase(PhaseTimeline())
         with preserved_trainer_state():
             drive(self._core, requests, sampling.n, collected, self._phase, self._agreement, self._watch.beat)
-            self._agreement.finish()
+            with span("compare ranks"):
+                self._agreement.finish()
+        record_phase(self._phase.timeline)
         self._metrics = phase_metrics(
             self._phase.timeline,
             seconds=self._phase.seconds,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from rollout import beat
+from rollout import beat, span
 from trainers.batching import TrainBatch, unpack
 from trainers.packing import microbatches
 from trainers.policy import Policy, reference_logprobs
@@ -44,13 +44,15 @@ def no_grad_pass(
     for rows in microbatches(batch, token_budget, policy.packs):
         part = batch.select(rows)
         if logprobs or values:
-            output = policy(part, temperature, logprobs=logprobs)
+            with span("policy", responses=len(part)):
+                output = policy(part, temperature, logprobs=logprobs)
             if logprobs:
                 _store(found, "logprobs", rows, output.logprobs, part.response_mask, batch)
             if values:
                 _store(found, "values", rows, output.values, part.response_mask, batch)
         if reference is not None:
-            packed = reference_logprobs(reference, part, temperature)
+            with span("reference", responses=len(part)):
+                packed = reference_logprobs(reference, part, temperature)
             _store(found, "ref_logprobs", rows, packed, part.response_mask, batch)
         beat()
     return replace(batch, **found)
