@@ -59,6 +59,8 @@ class Bar(tqdm):
     A thread draws it anew every TICK_S: a phase may take minutes, and whoever looks shall see that time passes.
     """
 
+    monitor_interval = 0  # tqdm's own thread, which redraws bars that nobody updates
+
     def __init__(self, total_steps: int, done: int) -> None:
         self._figures: list[str] = []
         self._phase: tuple[str, float] | None = None
@@ -69,7 +71,7 @@ class Bar(tqdm):
             total=total_steps,
             initial=done,
             file=sys.stderr,
-            bar_format="{n_fmt}/{total_fmt} steps |{bar}| {shown}{elapsed}{left}",
+            bar_format=("{n_fmt}/{total_fmt} steps |{bar}| " if total_steps else "") + "{shown}{elapsed}{left}",
             dynamic_ncols=True,
             colour="green" if has_colours(sys.stderr) else None,
         )

@@ -181,6 +181,15 @@ def test_the_bar_of_a_run_that_goes_on_begins_where_it_stood(tmp_path, terminal)
         assert "40/40 steps" in (drawn := terminal.readouterr().err) and "accuracy 0.500" in drawn
 
 
+def test_an_evaluation_alone_has_no_steps_to_show(tmp_path, terminal):
+    with Dashboard(tmp_path, DISABLED, RunConfig(), 0, is_main=True) as dashboard:
+        assert terminal.readouterr().err.strip() == "00:00"
+        dashboard.log(0, {"eval/accuracy": 0.5})
+    out, err = terminal.readouterr()
+    assert err.rpartition("\r")[2].strip() == "accuracy 0.500, 00:00"
+    assert out.startswith("  accuracy  0.500  (on held-out prompts, greedy)\n")
+
+
 def test_disabled_imports_no_wandb(tmp_path):
     script = f"""
 import sys
