@@ -33,7 +33,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup model ppo bench faults soak test lint types lock clean
+.PHONY: help setup model ppo bench faults soak test lint types reference lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -63,6 +63,9 @@ lint: $(READY) ## ruff: rules and format
 
 types: $(READY) ## mypy
 	$(BIN)/mypy
+
+reference: $(READY) ## the tables of docs/configuration.md anew, from the dataclasses
+	$(BIN)/python scripts/write_reference.py
 
 lock: ## requirements/cpu.lock anew, with Python 3.11 (see requirements/README.md)
 	python3.11 requirements/lock.py $(ARGS)

@@ -10,10 +10,12 @@ from rollout.types import OnStep, Prompt, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from rollout.agreement import RanksDisagree
+    from rollout.clocks import seconds_ahead
     from rollout.engine import RolloutEngine
     from rollout.failure import Watch, beat, watched
+    from rollout.spans import Recording, record_span, recorded, span
     from rollout.throughput import merge_groups, overlap_fraction
-    from rollout.trace import merge_traces, write_trace
+    from rollout.trace import merge_traces, recording_events, write_events, write_trace
     from rollout.weights import StaleWeights, SyncReport, merged_state
     from rollout.world import World, init_world
 
@@ -21,6 +23,7 @@ __all__ = [
     "OnStep",
     "Prompt",
     "RanksDisagree",
+    "Recording",
     "Rollout",
     "RolloutBatch",
     "RolloutConfig",
@@ -36,12 +39,19 @@ __all__ = [
     "merge_traces",
     "merged_state",
     "overlap_fraction",
+    "record_span",
+    "recorded",
+    "recording_events",
+    "seconds_ahead",
+    "span",
     "watched",
+    "write_events",
     "write_trace",
 ]
 
 _LAZY = {
     "RanksDisagree": "rollout.agreement",
+    "Recording": "rollout.spans",
     "RolloutEngine": "rollout.engine",
     "StaleWeights": "rollout.weights",
     "SyncReport": "rollout.weights",
@@ -53,7 +63,13 @@ _LAZY = {
     "merge_traces": "rollout.trace",
     "merged_state": "rollout.weights",
     "overlap_fraction": "rollout.throughput",
+    "record_span": "rollout.spans",
+    "recorded": "rollout.spans",
+    "recording_events": "rollout.trace",
+    "seconds_ahead": "rollout.clocks",
+    "span": "rollout.spans",
     "watched": "rollout.failure",
+    "write_events": "rollout.trace",
     "write_trace": "rollout.trace",
 }
 

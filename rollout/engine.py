@@ -18,6 +18,7 @@ from rollout.driver import Collected, Phase, drive
 from rollout.failure import watched
 from rollout.fence import Fence, no_backward
 from rollout.isolation import preserved_trainer_state
+from rollout.spans import record_phase, span
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import OnStep, Prompt, Rollout, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
@@ -142,7 +143,8 @@ class RolloutEngine:
         with self._fence.one_caller():
             self._check_weights_are_there()
             ours = [self._token_ids(prompt) for prompt in prompts]
-            prompts_of_ranks = self._share(ours, sampling, seed)
+            with span("share prompts"):
+                prompts_of_ranks = self._share(ours, sampling, seed)
             self._check_prompts(prompts_of_ranks, sampling)
             everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
             before = sum(len(of_rank) for of_rank in prompts_of_ranks[: dist.get_rank(self._group)]) * sampling.n
@@ -271,7 +273,9 @@ class RolloutEngine:
         on_ended = None if on_rows is None else partial(on_rows, collected)
         with preserved_trainer_state():
             drive(self._core, requests, sampling.n, collected, self._phase, self._agreement, self._watch.beat, on_ended)
-            self._agreement.finish()
+            with span("compare ranks"):
+                self._agreement.finish()
+        record_phase(self._phase.timeline)
         self._metrics = phase_metrics(
             self._phase.timeline,
             seconds=self._phase.seconds,

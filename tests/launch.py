@@ -53,7 +53,7 @@ def launch(
     command: str | Path | Sequence[str | Path],
     nproc: int | None = 2,
     timeout_s: float = 120.0,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
 ) -> Completed:
     """Run a script from the repository's root and wait for its end.
 
@@ -61,7 +61,7 @@ def launch(
         command: the script, or the script with its arguments.
         nproc: ranks under torchrun, on a free port of this host; None runs the script without torchrun.
         timeout_s: then the processes of this launch, and no others, get SIGTERM and after GRACE_S SIGKILL.
-        env: environment variables beside SETTINGS, over them.
+        env: environment variables beside SETTINGS, over them; None takes one away.
 
     Raises:
         TimeoutError: if the script is not done in time; with the tail of its output.
@@ -77,7 +77,8 @@ def launch(
         launcher += [f"--log-dir={logs}", "--redirects=3"]
     tag = uuid.uuid4().hex
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, **SETTINGS, "PYTHONPATH": python_path, **(env or {}), TAG: tag}
+    given = {**os.environ, **SETTINGS, "PYTHONPATH": python_path, **(env or {}), TAG: tag}
+    variables = {name: value for name, value in given.items() if value is not None}
 
     # Files, not pipes: a process that outlives the launch would hold a pipe open and us with it.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

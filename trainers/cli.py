@@ -10,25 +10,27 @@ import dataclasses
 import difflib
 import os
 import re
+import shutil
 import sys
-import textwrap
 import time
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from trainers.checks import check_model, check_world
 from trainers.config import EvaluateConfig, Experiment
+from trainers.console import RED, painted, set_up_console
 from trainers.errors import ConfigError
+from trainers.help import WIDEST, help_text
+from trainers.keys import accepted
 
 Config = TypeVar("Config", bound=Experiment)
 
+VERBOSE = "--verbose"
 YAML_SUFFIXES = (".yaml", ".yml")
 WAIT_FOR_FIRST_RANK_S = 5.0
 
@@ -45,15 +47,16 @@ def run_cli(config_class: type[Config], main: Callable[[Config], None], argv: Se
     """Parse the command line, check everything that needs no model, then call `main(config)`.
 
     A ConfigError, from here or from `main`, becomes one paragraph on stderr and exit code 1. With `--dry-run` the
-    tokenizer and the data are read too and the resolved config goes to stdout; `main` is not called.
+    tokenizer and the data are read too and the resolved config goes to stdout; `main` is not called. With `--verbose`
+    the libraries say what they like (trainers/console.py).
 
     Args:
         argv: without the script's name; None takes the process's own.
     """
-    # Read by torch when it is first imported, which is in `main`: notes of its C++ side are not for the user.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    set_up_console(VERBOSE in argv, is_main=os.environ.get("RANK", "0") == "0")
     try:
-        config, dry_run = parse(config_class, sys.argv[1:] if argv is None else argv)
+        config, dry_run = parse(config_class, argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_world(config, world_size)
         check_model(config, world_size)
@@ -73,7 +76,8 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> tuple[Config, bool
     Args:
         config_class: a dataclass whose fields are dataclasses, the sections.
         argv: at most one YAML file, any number of `section.key=value` (or `--section.key=value`), `--dry-run`,
-            `--help`; of two overrides of one key the later one holds.
+            `--verbose` (of no concern here), `--help` with sections or keys to show, or none; of two overrides of one
+            key the later one holds.
 
     Raises:
         ConfigError: for an unknown or repeated key, a wrong type, a number out of range, a contradiction.
@@ -90,18 +94,20 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> tuple[Config, bool
 rollout.max_num_seqs? `--help` lists all keys
     """
     argv = list(argv)
+    keys = _keys(config_class)
     if "--help" in argv or "-h" in argv:
         if _local_rank() == 0:
-            print(help_text(config_class), end="")
+            only = [word for word in argv if word in keys or word in typing.get_type_hints(config_class)]
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDEST
+            print(help_text(config_class, only, width), end="")
         raise SystemExit(0)
     dry_run = "--dry-run" in argv
-    keys = _keys(config_class)
     paths = [word for word in argv if word.endswith(YAML_SUFFIXES) and "=" not in word]
     if len(paths) > 1:
         raise ConfigError(
             f"got {len(paths)} YAML files ({', '.join(paths)}); give one, and section.key=value for the rest"
         )
-    overrides = _read_overrides([word for word in argv if word not in paths and word != "--dry-run"], keys)
+    overrides = _read_overrides([word for word in argv if word not in (*paths, "--dry-run", VERBOSE)], keys)
     from_file = _read_yaml(paths[0], keys) if paths else {}
     # The file by itself first: an error then blames the file, even for a key that is overridden.
     file_arguments = ["--config", paths[0]] if from_file else []
@@ -143,47 +149,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
-def help_text(config_class: type) -> str:
-    """Every key by section: its default, what it does (from the docstrings) and what it accepts."""
-    prog = Path(sys.argv[0]).name
-    lines = [
-        f"usage: torchrun --nproc_per_node=2 scripts/{prog} [configs/NAME.yaml] [section.key=value ...] [--dry-run]",
-        "",
-        "Defaults < the YAML file < section.key=value. --dry-run checks and prints the resolved config.",
-        'null is None. A list that holds text needs quotes: section.key=\'["a", "b"]\'.',
-    ]
-    about_sections = _argument_docs(config_class)
-    for section, hint in typing.get_type_hints(config_class).items():
-        lines += ["", f"{section}: {about_sections.get(section, '')}"]
-        about, hints, defaults = _argument_docs(hint), typing.get_type_hints(hint), getattr(config_class(), section)
-        for key in hints:
-            value = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=1000).split("\n")[0]
-            text = f"{about.get(key, '')} ({accepted(hints[key])})"
-            lines.append(f"  {section}.{key}={value}")
-            lines += textwrap.wrap(text, 110, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines) + "\n"
-
-
-def accepted(hint: Any) -> str:
-    """What a type takes, in words.
-
-    >>> accepted(int | None), accepted(Literal["no", "bf16"]), accepted(list[str])
-    ('a whole number or null', 'no or bf16', 'a list of texts, as ["a", "b"]')
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(accepted(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(str(argument) for argument in arguments)
-    if origin is list:
-        example = '["a", "b"]' if arguments[0] is str else "[1, 2]"
-        return f"a list of {accepted(arguments[0]).removeprefix('a ')}s, as {example}"
-    if origin is tuple:
-        return f"a list of {len(arguments)} {accepted(arguments[0]).removeprefix('a ')}s, as [0.9, 0.95]"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    return words.get(hint, str(hint))
-
-
 def _keys(config_class: type) -> dict[str, Any]:
     """Each dotted key with its type."""
     return {
@@ -191,13 +156,6 @@ def _keys(config_class: type) -> dict[str, Any]:
         for section, section_class in typing.get_type_hints(config_class).items()
         for key, hint in typing.get_type_hints(section_class).items()
     }
-
-
-def _argument_docs(documented: type) -> dict[str, str]:
-    """Of a dataclass and of those that it extends."""
-    texts = [owner.__doc__ or "" for owner in reversed(documented.__mro__)]
-    params = [param for text in texts for param in docstring_parser.parse(text).params]
-    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
 def _section(section_class: type, values: Any) -> Any:
@@ -238,7 +196,8 @@ def _read_overrides(words: list[str], keys: dict[str, Any]) -> dict[str, Given]:
             if key in keys:
                 raise ConfigError(f"{word} has no value; write {key}=VALUE, where VALUE is {accepted(keys[key])}")
             raise ConfigError(
-                f"{word!r} is neither a YAML file nor section.key=value nor --dry-run nor --help{_nearest(key, keys)}"
+                f"{word!r} is neither a YAML file nor section.key=value nor --dry-run, --verbose or --help"
+                f"{_nearest(key, keys)}"
             )
         _refuse_unknown(key, keys, "on the command line")
         given[key] = Given(value, "on the command line", value not in ("null", "~"))
@@ -352,5 +311,5 @@ def _exit_with(error: ConfigError) -> NoReturn:
     """
     if _local_rank() != 0:
         time.sleep(WAIT_FOR_FIRST_RANK_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"{painted('error:', RED, sys.stderr)} {error}", file=sys.stderr, flush=True)
     raise SystemExit(1)

@@ -306,6 +306,8 @@ class RunConfig:
         seed: of the trainer's random streams (rollout.seed and data.seed have their own).
         progress: true draws a progress bar.
         private: true keeps the folder to its owner; false leaves it to the umask.
+        timeline_steps: steps, from 0, of which RUN/timeline gets a picture of what each thread of each rank did
+            (docs/timeline.md); [] draws none and costs nothing.
     """
 
     directory: str = "runs"
@@ -313,9 +315,12 @@ class RunConfig:
     seed: int = 0
     progress: bool = True
     private: bool = True
+    timeline_steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_least("run", self, {"seed": 0})
+        if not all(step >= 0 for step in self.timeline_steps):
+            raise ConfigError(f"run.timeline_steps is {self.timeline_steps}; steps are counted from 0")
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             raise ConfigError(f"run.name is {self.name!r}; it must name one folder (set run.directory for the rest)")
 

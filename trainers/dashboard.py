@@ -11,16 +11,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 import psutil
 import yaml
-from tqdm import tqdm
 
 from trainers.config import RunConfig, WandbConfig
 from trainers.errors import ConfigError
 from trainers.metrics import metric_of
+from trainers.progress import Progress
+from trainers.summary import summary
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -30,7 +30,6 @@ StartMode = Literal["online", "offline", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLE_TABLES = 50  # of a run at most: each is a file of its own on wandb
-SUMMARY_STEPS = 5  # the first and the last steps whose mean reward the summary compares
 WANDB_INIT_TIMEOUT_S = 30.0
 
 
@@ -45,8 +44,8 @@ class Dashboard:
       `read_metrics` read. A resumed run appends; of two lines of one step the later counts.
     - wandb: the same names over the axis `step`, files in the run folder. Mode as in `wandb_mode`. If mode auto finds
       a login but no server, the run goes on offline.
-    - On a terminal a progress bar, elsewhere one plain line a step, both to stderr; neither if run_config.progress is
-      False.
+    - On a terminal a progress bar, elsewhere one plain line a step, both to stderr (trainers/progress.py); neither if
+      run_config.progress is False.
 
     Args:
         folder: of the run; its config.yaml becomes wandb's config.
@@ -55,6 +54,7 @@ class Dashboard:
         total_steps: that the run is to have, for the bar; 0 of an evaluation alone.
         is_main: True on rank 0.
         wandb_id: of the run on wandb that goes on; None starts one.
+        done: steps of a run that goes on, for the bar.
 
     Raises:
         ConfigError: if wandb.mode is online and there is no login.
@@ -76,24 +76,23 @@ class Dashboard:
         total_steps: int,
         is_main: bool,
         wandb_id: str | None = None,
+        done: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.phase_seconds: dict[str, float] = {}
         """Seconds of each phase since the last `log`, this rank's."""
         self._total_steps = total_steps
         self._is_main = is_main
-        self._progress = is_main and run_config.progress
         self._samples: list[Mapping[str, Any]] = []  # since the last table of them
         self._defined: set[str] = set()  # names that wandb has been told about
-        self._shown = ""  # the latest figures, as the bar shows them
+        self._progress: Progress | None = None
         self._wandb: Run | None = None
-        self._bar: tqdm | None = None
         if not is_main:
             return
         self._wandb = _start_wandb(self.folder, wandb_config, wandb_id)
         self._file = _open_to_append(self.folder / METRICS_FILE)
-        if self._progress and _is_terminal(sys.stderr):
-            self._bar = tqdm(total=total_steps, file=sys.stderr, unit="step", dynamic_ncols=True, leave=True)
+        if run_config.progress:
+            self._progress = Progress(total_steps, done)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -101,8 +100,8 @@ class Dashboard:
 
         Wall-clock time of the host: on a GPU, work that is only queued is charged to the phase that waits for it.
         """
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._shown}, {name}" if self._shown else name)
+        if self._progress is not None:
+            self._progress.phase(name)
         start = time.perf_counter()
         try:
             yield
@@ -128,7 +127,8 @@ class Dashboard:
         if self._wandb is not None:
             self._define(row)
             self._wandb.log({"step": step, **row})
-        self._show(step, row)
+        if self._progress is not None:
+            self._progress.show(step, row)
 
     def _define(self, names: Iterable[str]) -> None:
         """Tell wandb of each metric, before it first sees it, over what it is drawn and what to keep of its steps."""
@@ -180,9 +180,8 @@ class Dashboard:
         if not self._is_main or self._file.closed:
             return
         self._file.close()
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._shown)
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         try:
             if self._wandb is not None:
                 _stop_wandb(self._wandb, failed)
@@ -196,49 +195,11 @@ class Dashboard:
         self.close(failed=kind is not None)
 
     def summary(self) -> str:
-        """A few lines on the whole run, from metrics.jsonl: reward at both ends, rates, and where the files are."""
-        rows = read_metrics(self.folder)
-        done = sum(row["step"] < self._total_steps for row in rows)
-        lines = [("steps", f"{done} of {self._total_steps}")] if self._total_steps else []
-        rewards = _column(rows, "reward/mean")
-        if rewards:
-            first, last = rewards[:SUMMARY_STEPS], rewards[-SUMMARY_STEPS:]
-            lines.append(("reward", f"{fmean(first):.3f} -> {fmean(last):.3f}  (first and last {len(first)} steps)"))
-        if accuracy := _column(rows, "eval/accuracy"):
-            change = f"{accuracy[0]:.3f} -> {accuracy[-1]:.3f}" if len(accuracy) > 1 else f"{accuracy[0]:.3f}"
-            lines.append(("accuracy", f"{change}  (on held-out prompts, greedy)"))
-        if tokens_per_s := _column(rows, "rollout/generated_tokens_per_s"):
-            lines.append(("generate", f"{median(tokens_per_s):,.0f} tokens/s  (median)"))
-        if seconds := _column(rows, "step/seconds"):
-            lines.append(("step", f"{median(seconds):.1f} s  (median), {sum(seconds) / 60:.1f} min in all"))
-        lines.append(("files", str(self.folder)))
+        """A table of the whole run, from metrics.jsonl, and where the files are."""
+        places = [("files", str(self.folder))]
         if self._wandb is not None:
-            lines.append(("wandb", self._wandb.url or f"offline; to upload: wandb sync {_sync_folder(self._wandb)}"))
-        return "\n".join(f"  {name:<9} {text}" for name, text in lines)
-
-    def _show(self, step: int, row: Mapping[str, float]) -> None:
-        reward, tokens_per_s, seconds = (
-            row.get(name) for name in ("reward/mean", "rollout/generated_tokens_per_s", "step/seconds")
-        )
-        shown = []
-        if reward is not None:
-            shown.append(f"reward {reward:.3f}")
-        if tokens_per_s is not None:
-            shown.append(f"{tokens_per_s:,.0f} tokens/s")
-        if "eval/accuracy" in row:
-            shown.append(f"accuracy {row['eval/accuracy']:.3f}")
-        self._shown = ", ".join(shown)
-        if self._bar is not None:
-            if self._bar.n == 0:
-                self._bar.initial = self._bar.n = step  # a resumed run: its bar does not count the steps before
-            self._bar.set_postfix_str(self._shown, refresh=False)
-            self._bar.update(min(step + 1, self._total_steps) - self._bar.n)
-            self._bar.refresh()
-        elif self._progress:
-            if seconds is not None:
-                shown.append(f"{seconds:.1f} s")
-            where = f"step {step + 1}/{self._total_steps}" if step < self._total_steps else "in the end"
-            print(f"{where}: {', '.join(shown)}", file=sys.stderr, flush=True)
+            places.append(("wandb", self._wandb.url or f"offline; to upload: wandb sync {_sync_folder(self._wandb)}"))
+        return summary(read_metrics(self.folder), self._total_steps, places)
 
 
 def to_json_line(step: int, metrics: Mapping[str, float]) -> str:
@@ -390,15 +351,3 @@ def _open_to_append(file: Path) -> TextIO:
     if torn:
         handle.write("\n")
     return handle
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be drawn: a terminal, and one that knows its size (some containers' have 0 rows)."""
-    try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 0
-    except OSError:
-        return False
-
-
-def _column(rows: list[dict[str, float]], name: str) -> list[float]:
-    return [row[name] for row in rows if name in row and math.isfinite(row[name])]

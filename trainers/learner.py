@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from rollout import beat
+from rollout import beat, span
 from trainers.across_ranks import max_over_ranks, sum_over_ranks, undo_ddp_mean, whole
 from trainers.batching import TrainBatch, stand_in
 from trainers.config import Experiment
@@ -106,7 +106,11 @@ def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed:
     start = time.perf_counter()
     num_tokens = int(sum_over_ranks(batch.lengths.sum()).item()) * hyper.epochs
     minibatches = batch.minibatches(hyper.minibatches, hyper.epochs, seed)
-    updates = [stats for minibatch in minibatches if (stats := update(minibatch, learner, loss, config))]
+    updates = []
+    for minibatch in minibatches:
+        with span("update", responses=len(minibatch)):
+            if stats := update(minibatch, learner, loss, config):
+                updates.append(stats)
     seconds = time.perf_counter() - start
     means = {f"train/{name}": sum(stats[name] for stats in updates) / len(updates) for name in updates[0]}
     before_any_update = {f"train/{name}": value for name, value in updates[0].items() if name.startswith("logprob_gap")}
@@ -139,20 +143,24 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
     for number, rows in enumerate(todo, 1):
         part = stand_in(device) if rows is None else minibatch.select(rows)
         with gradients_travel(learner, config, is_last=number == len(todo)):
-            with learner.accelerator.autocast():
+            with span("forward", responses=len(part)), learner.accelerator.autocast():
                 output = learner.ddp(part, config.sampling.temperature, entropy=True)
             part_loss, part_stats = loss(part, output, config, whole)
             if rows is None:
                 # Not the loss times 0: it may be infinite, since the row is nobody's.
                 part_loss = 0.0 * sum(each.sum() for each in (output.logprobs, output.values) if each is not None)
                 part_stats = {name: torch.zeros_like(value) for name, value in part_stats.items()}
-            learner.accelerator.backward(undo_ddp_mean(part_loss))
+            with span("backward"):
+                learner.accelerator.backward(undo_ddp_mean(part_loss))
             beat()
         add_up(stats, part_stats | {"loss": part_loss.detach()})
-    stats |= clip_gradients(learner, config)
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    return over_ranks(stats)
+    with span("clip"):
+        stats |= clip_gradients(learner, config)
+    with span("optimizer"):
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    with span("sum statistics"):
+        return over_ranks(stats)
 
 
 def gradients_travel(learner: Learner, config: Experiment, is_last: bool) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import RolloutEngine, Watch, World, beat, init_world, watched
+from rollout import RolloutEngine, Watch, World, beat, init_world, span, watched
 from trainers.batching import TrainBatch
 from trainers.checkpoint import About, save
 from trainers.collection import batch_of, generate_rounds, samples_of, write_samples
@@ -36,6 +36,7 @@ from trainers.policy import Policy
 from trainers.resume import Start, agreed_start, restore, taken
 from trainers.rewards import check_answers
 from trainers.scoring import Scorer
+from trainers.timeline import timed_by_thread
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ def learn(
         print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
-        Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id) as dashboard,
+        Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id, start.step) as dashboard,
     ):
 
         @contextmanager
         def phase(name: str) -> Iterator[None]:
-            with dashboard.phase(name), watch.busy(f"in phase {name}"):
+            with dashboard.phase(name), watch.busy(f"in phase {name}"), span(name):
                 yield
 
         def evaluation(step: int) -> dict[str, float]:
@@ -119,7 +120,8 @@ def learn(
         restore(start, learner, stream, config.run.seed)
         for step in range(start.step, steps):
             evaluated = evaluation(step)
-            with timed_step(dashboard, step) as metrics:
+            timeline = timed_by_thread(step, config.run.timeline_steps, folder, world)
+            with timeline, timed_step(dashboard, step) as metrics:
                 metrics |= evaluated
                 with phase("sync"):
                     metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from rollout import beat
+from rollout import beat, span
 from trainers.batching import TrainBatch, stand_in, unpack
 from trainers.lora import without_adapters
 from trainers.packing import microbatches
@@ -51,13 +51,14 @@ def no_grad_pass(
         for rows in passes(microbatches(batch, token_budget, policy.packs), policy, device):
             part = stand_in(device) if rows is None else batch.select(rows)
             if logprobs or values:
-                output = policy(part, temperature, logprobs=logprobs)
+                with span("policy", responses=len(part)):
+                    output = policy(part, temperature, logprobs=logprobs)
                 if logprobs:
                     _store(found, "logprobs", rows, output.logprobs, part.response_mask, batch)
                 if values:
                     _store(found, "values", rows, output.values, part.response_mask, batch)
             if reference is not None:
-                with without_adapters(reference):
+                with span("reference", responses=len(part)), without_adapters(reference):
                     output = reference(part, temperature, values=False)
                 _store(found, "ref_logprobs", rows, output.logprobs, part.response_mask, batch)
             beat()

@@ -49,6 +49,7 @@ FREE_KEYS = (
     "run.directory",
     "run.name",
     "run.private",
+    "run.timeline_steps",
     "wandb.",
 )
 """May differ from the checkpoint's. (What an evaluation holds out shows in the fingerprint of the prompts.)"""

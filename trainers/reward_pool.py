@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from rollout import record_span
 from trainers.errors import ConfigError
 from trainers.reward_functions import Failed, Task
 from trainers.reward_worker import serve
@@ -28,6 +29,7 @@ class Worker:
         ready: False until it has loaded the functions.
         task: the number of the one that it works on, if any.
         deadline: when it has to be ready, or done, on time.monotonic's clock.
+        given: when it got its task, on time.perf_counter's clock.
     """
 
     process: BaseProcess
@@ -35,6 +37,7 @@ class Worker:
     deadline: float
     ready: bool = False
     task: int | None = None
+    given: float = 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -144,6 +147,7 @@ class RewardPool:
         except OSError:
             return False
         worker.task, worker.deadline = number, time.monotonic() + self._timeout_s
+        worker.given = time.perf_counter()
         return True
 
     def _look(self, at_most_s: float = float("inf")) -> None:
@@ -170,6 +174,7 @@ class RewardPool:
             self._fail(place, f"ended with exit code {worker.process.exitcode}")
             return
         if worker.task is not None:
+            record_span(f"reward worker {place}", "reward", worker.given, time.perf_counter())
             self._verdicts[worker.task], worker.task = answer, None
         elif answer is not None:
             raise ConfigError(answer)

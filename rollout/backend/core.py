@@ -24,7 +24,7 @@ GIB = 1024**3
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 # oneDNN keeps compiled products, one for each number of tokens in a step, of 0.3 MiB each. Its own limit of 1024 lets a
 # rank grow for over a thousand phases (docs/results.md, the soak).
-ONEDNN_PRODUCTS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"
+ONEDNN_PRODUCTS = "256"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Core:
 def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> Core:
     """Load the model and allocate its KV cache; on every rank, with the default process group in place."""
     if not on_cuda:
-        os.environ.setdefault(*ONEDNN_PRODUCTS)  # read once, when the first product is compiled
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS)  # read once, when the first product is compiled
     arguments = engine_arguments(model, tensor_parallel_size, config, on_cuda)
     engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
     executor = engine_core.model_executor

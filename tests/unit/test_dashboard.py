@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from trainers import dashboard as module
+from trainers import progress
 from trainers.config import RunConfig, WandbConfig
 from trainers.dashboard import METRICS_FILE, SAMPLE_TABLES, Dashboard, memory_metrics, read_metrics, wandb_mode
 from trainers.errors import ConfigError
@@ -121,12 +122,13 @@ def test_without_a_terminal_each_step_is_one_plain_line_and_the_end_a_summary(tm
             dashboard.log(step, metrics)
         assert capsys.readouterr().err.splitlines()[1] == "step 2/12: reward 0.100, 2,000 tokens/s, 2.0 s"
     dashboard.close()  # a second time: nothing
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        ["steps", "12 of 12"],
-        ["reward", "0.200 -> 0.900  (first and last 5 steps)"],  # steps 0 to 4: 1.0 / 5; steps 7 to 11: 4.5 / 5
-        ["generate", "6,500 tokens/s  (median)"],  # between 6000 and 7000
-        ["step", "2.0 s  (median), 0.4 min in all"],  # 24 s
+        ["12", "of", "12", "steps", "in", "0.4", "min", "first", "5", "last", "5", "median"],  # 24 s
+        ["reward", "0.200", "0.900", "0.550"],  # steps 0 to 4: 1.0 / 5; steps 7 to 11: 4.5 / 5; between 0.5 and 0.6
+        ["generated", "tokens/s", "3,000", "10,000", "6,500"],
+        ["seconds", "a", "step", "2.0", "2.0", "2.0"],
+        ["generate", "0.0", "0.0", "0.0"],
         ["files", str(tmp_path)],
     ]
 
@@ -148,15 +150,45 @@ def test_progress_false_prints_no_steps(tmp_path, capsys):
         assert capsys.readouterr() == ("", "")
 
 
-def test_on_a_terminal_a_bar_shows_step_reward_rate_and_phase(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "_is_terminal", lambda stream: True)
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    """Whatever is printed goes to a terminal, as far as the bar can tell; of 100 columns."""
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(progress, "TICK_S", 0.02)
+    monkeypatch.setenv("COLUMNS", "100")
+    return capsys
+
+
+def test_on_a_terminal_a_bar_shows_step_reward_rate_phase_and_the_time_that_is_left(tmp_path, terminal):
     with Dashboard(tmp_path, DISABLED, RunConfig(), 4, is_main=True) as dashboard:
-        dashboard.log(0, {"reward/mean": 0.125, "rollout/generated_tokens_per_s": 512.4})
-        capsys.readouterr()
+        figures = {"reward/mean": 0.125, "rollout/generated_tokens_per_s": 512.4, "step/seconds": 100.0}
+        dashboard.log(0, figures)
+        terminal.readouterr()
         with dashboard.phase("optimize"):
-            drawn = capsys.readouterr().err
-    for shown in ("1/4", "reward 0.125", "512 tokens/s", "optimize"):
-        assert shown in drawn
+            drawn = terminal.readouterr().err
+            for shown in ("1/4 steps |", "reward 0.125", "512 tokens/s", "optimize 0 s", "05:00 left"):
+                assert shown in drawn
+            time.sleep(0.1)  # nothing happens, and the bar is drawn all the same
+            assert terminal.readouterr().err.count("optimize 0 s") >= 2
+    assert "optimize" not in terminal.readouterr().err.splitlines()[-1].rpartition("\r")[2]
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stood(tmp_path, terminal):
+    with Dashboard(tmp_path, DISABLED, RunConfig(), 40, is_main=True, done=29) as dashboard:
+        assert "29/40 steps" in terminal.readouterr().err
+        dashboard.log(29, {"step/seconds": 6.0})
+        assert "30/40 steps" in (drawn := terminal.readouterr().err) and "01:00 left" in drawn
+        dashboard.log(40, {"eval/accuracy": 0.5})
+        assert "40/40 steps" in (drawn := terminal.readouterr().err) and "accuracy 0.500" in drawn
+
+
+def test_an_evaluation_alone_has_no_steps_to_show(tmp_path, terminal):
+    with Dashboard(tmp_path, DISABLED, RunConfig(), 0, is_main=True) as dashboard:
+        assert terminal.readouterr().err.strip() == "00:00"
+        dashboard.log(0, {"eval/accuracy": 0.5})
+    out, err = terminal.readouterr()
+    assert err.rpartition("\r")[2].strip() == "accuracy 0.500, 00:00"
+    assert out.startswith("  accuracy  0.500  (on held-out prompts, greedy)\n")
 
 
 def test_disabled_imports_no_wandb(tmp_path):

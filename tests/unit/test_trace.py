@@ -1,14 +1,19 @@
 """The trace of a phase: what Perfetto asks of trace-event JSON, and that the picture says what the timeline says."""
 
 import json
+import threading
+import time
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rollout.spans import Recording, Span, record_phase, record_span, recorded, span
 from rollout.throughput import EXECUTE, LAUNCH, UPDATE, PhaseTimeline
-from rollout.trace import merge_traces, trace_events, write_trace
+from rollout.trace import merge_traces, recording_events, trace_events, write_trace
+from tests.trace_format import check_format, check_nesting, spans_by_track
 
 
 def asynchronous_timeline(start: float = 100.0) -> PhaseTimeline:
@@ -26,28 +31,6 @@ def asynchronous_timeline(start: float = 100.0) -> PhaseTimeline:
 
 def spans(events: list[dict]) -> list[dict]:
     return [event for event in events if event["ph"] == "X"]
-
-
-def check_format(events: list[dict]) -> None:
-    """What the trace-event format requires of each kind of event that we write."""
-    names = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
-    processes = {event["pid"] for event in events if event["name"] == "process_name"}
-    assert events
-    for event in events:
-        assert event["ph"] in ("X", "C", "M")
-        assert isinstance(event["name"], str) and event["name"]
-        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
-        assert isinstance(event["ts"], float) and event["ts"] >= 0.0
-        assert event["pid"] in processes
-        if event["ph"] == "X":
-            assert isinstance(event["dur"], float) and event["dur"] >= 0.0
-            assert (event["pid"], event["tid"]) in names
-        elif event["ph"] == "C":
-            assert all(isinstance(value, int) and value >= 0 for value in event["args"].values())
-        elif event["name"].endswith("_name"):
-            assert isinstance(event["args"]["name"], str)
-        else:
-            assert event["name"].endswith("_sort_index") and isinstance(event["args"]["sort_index"], int)
 
 
 def test_each_span_becomes_an_event_in_microseconds_on_its_track():
@@ -84,7 +67,7 @@ def test_counters_follow_the_schedule():
     of = defaultdict(list)
     for event in counters:
         of[event["name"]].append(event["args"][event["name"]])
-    assert of == {"live sequences": [4, 4, 3], "scheduled tokens": [40, 4, 3]}
+    assert of == {"live sequences": [4, 4, 3, 0], "scheduled tokens": [40, 4, 3, 0]}
     assert counters[0]["ts"] == pytest.approx(100.001e6, abs=0.01)  # when the first schedule ended
 
 
@@ -125,3 +108,68 @@ def test_nan_never_reaches_the_file(tmp_path: Path):
     events = json.loads(text, parse_constant=pytest.fail)["traceEvents"]
     check_format(events)
     assert not np.isnan([event["ts"] for event in events]).any()
+
+
+def test_a_recording_has_the_spans_of_all_threads_and_the_phases():
+    def execute() -> None:
+        with span("copy weights"):
+            pass
+
+    with recorded() as recording:
+        with span("step 3"), span("generate", prompts=2):
+            record_phase(asynchronous_timeline(time.perf_counter()))
+            thread = threading.Thread(target=execute, name="execute-rank1")
+            thread.start()
+            thread.join()
+            time.sleep(0.05)  # the made-up phase takes 34 ms
+        record_span("reward worker 0", "reward", 1.0, 2.0)
+        with recorded_twice():
+            pass
+    events = recording_events(recording, rank=1)
+    check_format(events)
+    check_nesting(events)
+    assert spans_by_track(events) == {
+        (1, "main thread"): {"step 3", "generate", "schedule", "wait", "update"},
+        (1, "execute thread"): {"copy weights", "launch"},
+        (1, "device"): {"execute"},
+        (1, "reward worker 0"): {"reward"},
+    }
+    (generate,) = [event for event in spans(events) if event["name"] == "generate"]
+    assert generate["args"] == {"prompts": 2}
+
+
+@contextmanager
+def recorded_twice():
+    with pytest.raises(RuntimeError, match="recorded already"), recorded():
+        pass
+    yield
+
+
+def test_nothing_is_kept_and_nothing_made_where_nobody_records():
+    assert span("forward") is span("backward", responses=3)
+    with span("forward"):
+        record_span("reward worker 0", "reward", 1.0, 2.0)
+        record_phase(asynchronous_timeline())
+    with recorded() as recording:
+        pass
+    assert recording == Recording()
+
+
+def test_the_outer_one_of_two_spans_that_begin_together_comes_first_and_rounding_keeps_them_inside():
+    inner = [Span("main thread", "inner", 1.0 + i / 7e6, 1.0 + (i + 1) / 7e6, {}) for i in range(1000)]
+    outer = Span("main thread", "outer", 1.0, inner[-1].end, {})
+    events = recording_events(Recording([*inner, outer]))
+    check_format(events)
+    check_nesting(events)
+    assert spans(events)[0]["name"] == "outer"
+
+
+def test_a_clock_that_is_ahead_is_put_back():
+    events = recording_events(Recording([Span("main thread", "sync", 1001.0, 1002.0, {})]), seconds_ahead=1000.25)
+    assert spans(events)[0]["ts"] == 0.75e6
+
+
+def test_spans_that_overlap_are_found():
+    across = [Span("main thread", "a", 1.0, 2.0, {}), Span("main thread", "b", 1.5, 2.5, {})]
+    with pytest.raises(AssertionError, match="ends after the span that it began in"):
+        check_nesting(recording_events(Recording(across)))
