@@ -79,7 +79,9 @@ class Core:
 def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> Core:
     """Load the model and allocate its KV cache; on every rank, with the default process group in place."""
     if not on_cuda:
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS)  # read once, when the first product is compiled
+        os.environ.setdefault(
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS
+        )  # read once, when the first product is compiled
     arguments = engine_arguments(model, tensor_parallel_size, config, on_cuda)
     engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
     executor = engine_core.model_executor
