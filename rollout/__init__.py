@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from rollout.failure import Watch, beat, watched
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, write_trace
+    from rollout.turns import CUT, Cut, Observation, Observe, generate_turns, one_by_one
     from rollout.weights import StaleWeights, SyncReport
     from rollout.world import World, init_world
 
 __all__ = [
+    "CUT",
+    "Cut",
+    "Observation",
+    "Observe",
     "Prompt",
     "RanksDisagree",
     "Rollout",
@@ -30,15 +35,21 @@ __all__ = [
     "Watch",
     "World",
     "beat",
+    "generate_turns",
     "init_world",
     "merge_groups",
     "merge_traces",
+    "one_by_one",
     "overlap_fraction",
     "watched",
     "write_trace",
 ]
 
 _LAZY = {
+    "CUT": "rollout.turns",
+    "Cut": "rollout.turns",
+    "Observation": "rollout.turns",
+    "Observe": "rollout.turns",
     "RanksDisagree": "rollout.agreement",
     "RolloutEngine": "rollout.engine",
     "StaleWeights": "rollout.weights",
@@ -46,9 +57,11 @@ _LAZY = {
     "Watch": "rollout.failure",
     "World": "rollout.world",
     "beat": "rollout.failure",
+    "generate_turns": "rollout.turns",
     "init_world": "rollout.world",
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
+    "one_by_one": "rollout.turns",
     "overlap_fraction": "rollout.throughput",
     "watched": "rollout.failure",
     "write_trace": "rollout.trace",

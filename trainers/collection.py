@@ -16,6 +16,7 @@ from trainers.batching import TrainBatch, make_batch, no_rows
 from trainers.config import Experiment
 from trainers.data import PromptStream
 from trainers.dynamic_sampling import Round, add_rounds, count_groups, kept_groups, round_seed
+from trainers.environment import Dialogue, Environment
 from trainers.scoring import Scorer, join_scores
 
 SAMPLES_FILE = "samples.jsonl"
@@ -23,7 +24,13 @@ SAMPLES_A_STEP = 4
 
 
 def generate_rounds(
-    engine: RolloutEngine, stream: PromptStream, scorer: Scorer, config: Experiment, step: int, phase: Callable
+    engine: RolloutEngine,
+    stream: PromptStream,
+    environment: Environment,
+    scorer: Scorer,
+    config: Experiment,
+    step: int,
+    phase: Callable,
 ) -> tuple[list[Round], dict[str, float]]:
     """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
 
@@ -38,9 +45,9 @@ def generate_rounds(
     while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
         examples = next(stream)
         with engine.awake(), phase("generate"):
-            prompt_ids = [example.prompt_ids for example in examples]
-            rollouts = engine.generate(prompt_ids, config.sampling, seed=round_seed(step, len(rounds)))
-            of_rounds.append(rollout_metrics(engine))
+            seed = round_seed(step, len(rounds))
+            rollouts, of_group = environment.generate(engine, examples, config.sampling, seed)
+            of_rounds.append(rollout_metrics(engine, of_group))
         with phase("reward"):
             rounds.append(Round(examples, rollouts, scorer.score(rollouts, examples)))
     scores = join_scores([each.scores for each in rounds])
@@ -75,15 +82,17 @@ def reward_metrics(totals: np.ndarray) -> dict[str, float]:
     return {"reward/mean": mean, "reward/std": max(squares / count - mean**2, 0.0) ** 0.5}
 
 
-def rollout_metrics(engine: RolloutEngine) -> dict[str, float]:
+def rollout_metrics(engine: RolloutEngine, of_group: dict[str, float]) -> dict[str, float]:
     """The rollout/* metrics of the whole job: each tensor-parallel group counted once."""
     everyones: list = [None] * engine.world.size
-    dist.all_gather_object(everyones, engine.metrics)
+    dist.all_gather_object(everyones, of_group)
     return merge_groups(everyones[:: engine.tensor_parallel_size])
 
 
-def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Append a few of this rank's responses, one JSON object a line, special tokens shown."""
+def write_samples(
+    folder: Path, step: int, first: Round, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue
+) -> None:
+    """Append a few of this rank's responses, one JSON object a line, special tokens shown; of several turns each."""
     with (folder / SAMPLES_FILE).open("a") as file:
         for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
             example = first.examples[rollout.prompt_index]
@@ -96,4 +105,6 @@ def write_samples(folder: Path, step: int, first: Round, tokenizer: PreTrainedTo
                 "finish_reason": rollout.finish_reason,
                 "version": rollout.version,
             }
+            if rollout.generated is not None:
+                sample["turns"] = list(dialogue.texts(rollout))
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")

@@ -1,4 +1,5 @@
-"""Processes that score responses: bounded in time, replaced when they hang or die, gone when their rank is gone.
+"""Processes that score responses, or answer for an environment: bounded in time, replaced when they hang or die, gone
+when their rank is gone.
 
 Spawned, not forked: a fork would take over the engine's threads' locks and CUDA's state, and could use neither.
 """
@@ -11,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from trainers.errors import ConfigError
-from trainers.reward_functions import Failed, Task
+from trainers.reward_functions import Failed, judge
 from trainers.reward_worker import serve
 
 START_TIMEOUT_S = 120.0  # to import what the functions need, on a busy machine
@@ -51,6 +53,8 @@ class RewardPool:
         workers: how many processes.
         timeout_s: of one response.
         beat: called as responses are done, as a sign of life.
+        judge: of the functions and a task, in a worker: a function at the top level of a module that loads fast.
+        key: of the config that names the functions.
 
     Raises:
         ConfigError: if the functions cannot be loaded.
@@ -58,9 +62,16 @@ class RewardPool:
     """
 
     def __init__(
-        self, paths: Sequence[str], workers: int, timeout_s: float, beat: Callable[[], None] = lambda: None
+        self,
+        paths: Sequence[str],
+        workers: int,
+        timeout_s: float,
+        beat: Callable[[], None] = lambda: None,
+        judge: Callable[[dict[str, Any], Any], Any] = judge,
+        key: str = "reward.functions",
     ) -> None:
         self._paths = list(paths)
+        self._judge, self._key = judge, key
         self._timeout_s = timeout_s
         self._beat = beat
         self._context = multiprocessing.get_context("spawn")
@@ -73,12 +84,12 @@ class RewardPool:
             self.close()
             raise
 
-    def judge(self, tasks: Sequence[Task]) -> list[list[float] | Failed]:
-        """A verdict for each task, in the order of the tasks, whichever worker was done first.
+    def judge(self, tasks: Sequence[Any]) -> list[Any]:
+        """`judge`'s verdict of each task, or a `Failed`, in the order of the tasks, whichever worker was done first.
 
         Each takes at most timeout_s. A worker that takes longer, or ends, is replaced, and its task has failed.
         """
-        verdicts: list[list[float] | Failed | None] = [None] * len(tasks)
+        verdicts: list[Any] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         while waiting or any(worker.task is not None for worker in self._workers):
             for place, worker in enumerate(self._workers):
@@ -88,8 +99,7 @@ class RewardPool:
                     else:
                         self._replace(place)
             self._look(verdicts)
-        assert all(verdict is not None for verdict in verdicts)
-        return verdicts  # type: ignore[return-value]
+        return verdicts
 
     def close(self) -> None:
         """End all workers; a second call does nothing."""
@@ -104,13 +114,16 @@ class RewardPool:
     def _start(self) -> Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=serve, args=(self._paths, os.getpid(), theirs), name="reward-worker", daemon=True
+            target=serve,
+            args=(self._paths, self._key, self._judge, os.getpid(), theirs),
+            name="reward-worker",
+            daemon=True,
         )
         process.start()
         theirs.close()  # so that its end is heard
         return Worker(process, ours, time.monotonic() + START_TIMEOUT_S)
 
-    def _give(self, worker: Worker, number: int, tasks: Sequence[Task]) -> bool:
+    def _give(self, worker: Worker, number: int, tasks: Sequence[Any]) -> bool:
         """False if the worker ended while it had nothing to do (the kernel's memory killer, say)."""
         try:
             worker.connection.send(tasks[number])
@@ -119,7 +132,7 @@ class RewardPool:
         worker.task, worker.deadline = number, time.monotonic() + self._timeout_s
         return True
 
-    def _look(self, verdicts: list[list[float] | Failed | None]) -> None:
+    def _look(self, verdicts: list[Any]) -> None:
         """Wait for the next answer or the next deadline, and take in what came."""
         busy = [worker for worker in self._workers if worker.is_busy]
         if not busy:
@@ -134,7 +147,7 @@ class RewardPool:
                 self._fail(place, f"took longer than {limit} s", verdicts)
         self._beat()
 
-    def _take(self, place: int, verdicts: list[list[float] | Failed | None]) -> None:
+    def _take(self, place: int, verdicts: list[Any]) -> None:
         worker = self._workers[place]
         try:
             answer = worker.connection.recv()
@@ -148,10 +161,10 @@ class RewardPool:
             raise ConfigError(answer)
         worker.ready = True
 
-    def _fail(self, place: int, what: str, verdicts: list[list[float] | Failed | None]) -> None:
+    def _fail(self, place: int, what: str, verdicts: list[Any]) -> None:
         worker = self._workers[place]
         if worker.task is None:
-            raise RuntimeError(f"a reward worker {what} before it had loaded {', '.join(self._paths)}")
+            raise RuntimeError(f"a worker of {self._key} {what} before it had loaded {', '.join(self._paths)}")
         verdicts[worker.task] = Failed(" or ".join(self._paths), f"the worker {what}")
         self._replace(place)
 

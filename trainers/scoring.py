@@ -11,6 +11,7 @@ from rollout import RolloutBatch
 from trainers.across_ranks import sum_over_ranks
 from trainers.config import RewardConfig
 from trainers.data import Example
+from trainers.environment import Dialogue
 from trainers.reward_functions import Failed, RewardFunction, Sample, Task, judge, load_functions
 from trainers.reward_pool import RewardPool
 
@@ -59,15 +60,21 @@ class Scorer:
         config: which functions, and where they run.
         tokenizer: decodes the responses; special tokens are left out.
         beat: called as responses are scored, as a sign of life.
+        dialogue: reads responses of several turns; None where there are none.
 
     Raises:
         ConfigError: if a function cannot be loaded.
     """
 
     def __init__(
-        self, config: RewardConfig, tokenizer: "PreTrainedTokenizerBase", beat: Callable[[], None] = lambda: None
+        self,
+        config: RewardConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        beat: Callable[[], None] = lambda: None,
+        dialogue: Dialogue | None = None,
     ) -> None:
         self._config = config
+        self._dialogue = dialogue
         self._tokenizer = tokenizer
         self._beat = beat
         self._pool: RewardPool | None = None
@@ -88,10 +95,9 @@ class Scorer:
         Raises:
             RewardError: if a function failed and config.on_error is raise.
         """
-        ids = [rollout.response_ids.tolist() for rollout in rollouts]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        turns = self._turns(rollouts)
         rows = [row for row, finished in enumerate(rollouts.finished) if finished or not self._config.require_finish]
-        tasks = [self._task(rollouts, row, texts[row], examples) for row in rows]
+        tasks = [self._task(rollouts, row, turns[row], examples) for row in rows]
         values = np.zeros((len(rollouts), len(self._config.paths)))
         failed = np.zeros(len(rollouts), bool)
         for row, task, verdict in zip(rows, tasks, self._judge(tasks), strict=True):
@@ -126,11 +132,20 @@ class Scorer:
             self._beat()
         return verdicts
 
+    def _turns(self, rollouts: RolloutBatch) -> list[tuple[str, ...]]:
+        """Each response by turns; of a single one where there is no environment."""
+        if rollouts.generated is not None:
+            assert self._dialogue is not None
+            return [self._dialogue.texts(rollout) for rollout in rollouts]
+        ids = [rollout.response_ids.tolist() for rollout in rollouts]
+        return [(text,) for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
     @staticmethod
-    def _task(rollouts: RolloutBatch, row: int, text: str, examples: Sequence[Example]) -> Task:
-        example = examples[rollouts.prompt_index[row]]
-        sample = Sample(example.text, bool(rollouts.finished[row]), int(rollouts.response_lengths[row]))
-        return Task(text, example.answer, sample)
+    def _task(rollouts: RolloutBatch, row: int, turns: tuple[str, ...], examples: Sequence[Example]) -> Task:
+        example, rollout = examples[rollouts.prompt_index[row]], rollouts[row]
+        spoken = turns if rollout.generated is not None else ()
+        sample = Sample(example.text, rollout.finish_reason == "stop", rollout.num_generated, spoken)
+        return Task(turns[-1], example.answer, sample)
 
 
 def _story(failed: Failed, task: Task) -> str:
