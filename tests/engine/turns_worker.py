@@ -120,8 +120,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, more in (
         ("asynchronous", {}),
-        ("synchronous", {"async_scheduling": False}),
-        ("uncached", {"enable_prefix_caching": False}),
+        ("plain", {"async_scheduling": False, "enable_prefix_caching": False}),
     ):
         config = RolloutConfig(
             max_model_len=MAX_MODEL_LEN, kv_cache_gib=0.125, enforce_eager=True, block_size=BLOCK, **more
