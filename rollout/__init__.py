@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from rollout.spans import Recording, record_span, recorded, span
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, recording_events, write_events, write_trace
+    from rollout.turns import CUT, Cut, Observation, Observe, generate_turns, one_by_one
     from rollout.weights import StaleWeights, SyncReport, merged_state
     from rollout.world import World, init_world
 
 __all__ = [
+    "CUT",
+    "Cut",
+    "Observation",
+    "Observe",
     "OnStep",
     "Prompt",
     "RanksDisagree",
@@ -34,10 +39,12 @@ __all__ = [
     "Watch",
     "World",
     "beat",
+    "generate_turns",
     "init_world",
     "merge_groups",
     "merge_traces",
     "merged_state",
+    "one_by_one",
     "overlap_fraction",
     "record_span",
     "recorded",
@@ -50,6 +57,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CUT": "rollout.turns",
+    "Cut": "rollout.turns",
+    "Observation": "rollout.turns",
+    "Observe": "rollout.turns",
     "RanksDisagree": "rollout.agreement",
     "Recording": "rollout.spans",
     "RolloutEngine": "rollout.engine",
@@ -58,10 +69,12 @@ _LAZY = {
     "Watch": "rollout.failure",
     "World": "rollout.world",
     "beat": "rollout.failure",
+    "generate_turns": "rollout.turns",
     "init_world": "rollout.world",
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
     "merged_state": "rollout.weights",
+    "one_by_one": "rollout.turns",
     "overlap_fraction": "rollout.throughput",
     "record_span": "rollout.spans",
     "recorded": "rollout.spans",

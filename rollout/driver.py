@@ -107,7 +107,7 @@ class Phase:
 def drive(
     core: Any,
     requests: Sequence[Any],
-    n: int,
+    sizes: Sequence[int],
     collected: Collected,
     phase: Phase,
     agreement: Agreement,
@@ -123,7 +123,7 @@ def drive(
     Args:
         core: `rollout.backend.core.Core`.
         requests: from `make_requests`; their ids are rows of `collected`.
-        n: samples a prompt, which stand together.
+        sizes: samples of each prompt, in order; they stand together.
         agreement: is told of every step; its phase is finished by the caller.
         beat: called at every step that has ended.
         on_step: likewise, with the rows of `collected` that ended in it; the device is at work on the next step then.
@@ -138,7 +138,7 @@ def drive(
     in_flight: deque[tuple[int, Any, Any]] = deque()
     step = 0
     start = perf_counter()
-    core.groups.admit(requests, n)
+    core.groups.admit(requests, sizes)
     executor.observer = timeline.launch_observer()
     try:
         while scheduler.has_requests() or in_flight:

@@ -18,9 +18,10 @@ from rollout.driver import Collected, Phase, drive
 from rollout.failure import watched
 from rollout.fence import Fence, no_backward
 from rollout.isolation import preserved_trainer_state
+from rollout.sampling import request_streams
 from rollout.spans import record_phase, span
 from rollout.throughput import PhaseTimeline, phase_metrics
-from rollout.types import OnStep, Prompt, Rollout, RolloutBatch
+from rollout.types import Asked, OnStep, Prompt, Rollout, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
 from rollout.world import World, init_world, tensor_parallel_group
 
@@ -108,6 +109,17 @@ class RolloutEngine:
         """What really runs: scheduler, executor and model runner classes, queue depth."""
         return self._core.describe()
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its response together, at most."""
+        return self._core.max_model_len
+
+    def everyones(self, value: Any) -> list[Any]:
+        """Each rank's value, in rank order; a collective of the tensor-parallel group. Small values only: pickled."""
+        gathered: list[Any] = [None] * self.tensor_parallel_size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -115,6 +127,9 @@ class RolloutEngine:
         *,
         seed: int | None = None,
         on_step: OnStep | None = None,
+        samples: Sequence[int] | None = None,
+        max_tokens: Sequence[int] | None = None,
+        streams: Sequence[int | None] | None = None,
     ) -> RolloutBatch:
         """Sample `sampling.n` responses to each of this rank's prompts; all ranks of the group call it together.
 
@@ -126,13 +141,18 @@ class RolloutEngine:
             on_step: called after each step with this rank's responses that ended in it, while the device works on the
                 next step: to score them meanwhile, say. It has to be quick. Its errors end the phase. What it is given
                 counts only once `generate` has returned: the ranks may still turn out to disagree.
+            samples: of each prompt, where they are not all `sampling.n`.
+            max_tokens: of each prompt's responses, where they are not all `sampling.max_tokens`; at most that.
+            streams: of each prompt, the key of its one sample's random numbers, to go on with a row of an earlier call
+                (`RolloutBatch.streams`; the prompt is then that row's prompt and response); None draws new ones. A
+                token's draw is a function of key and position in the whole sequence: no draw comes twice.
 
         Returns:
             This rank's share: sample j of prompt i in row i * n + j.
 
         Raises:
-            ValueError: if a prompt is empty or leaves no room for `max_tokens` within `max_model_len`, or if the ranks
-                were given different sampling or seeds.
+            ValueError: if a prompt is empty or leaves no room for `max_tokens` within `max_model_len`, if the ranks
+                were given different sampling or seeds, or if what is given for each prompt does not fit.
             RanksDisagree: if the ranks of the group scheduled or sampled different things (rollout/agreement.py).
             RuntimeError: if the engine is closed, busy or broken by an earlier error, or has lost its weights in its
                 sleep.
@@ -142,18 +162,19 @@ class RolloutEngine:
         seed = self._num_phases if seed is None else seed
         with self._fence.one_caller():
             self._check_weights_are_there()
-            ours = [self._token_ids(prompt) for prompt in prompts]
+            ours = ask([self._token_ids(prompt) for prompt in prompts], sampling, samples, max_tokens, streams)
             with span("share prompts"):
-                prompts_of_ranks = self._share(ours, sampling, seed)
-            self._check_prompts(prompts_of_ranks, sampling)
-            everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
-            before = sum(len(of_rank) for of_rank in prompts_of_ranks[: dist.get_rank(self._group)]) * sampling.n
-            share = slice(before, before + len(ours) * sampling.n)
+                of_ranks = self._share(ours, sampling, seed)
+            self._check_asked(of_ranks, sampling)
+            everyones = [asked for of_rank in of_ranks for asked in of_rank]
+            keys = request_streams((self.config.seed, seed), [a.stream for a in everyones for _ in range(a.samples)])
+            before = sum(asked.samples for of_rank in of_ranks[: dist.get_rank(self._group)] for asked in of_rank)
+            rows = slice(before, before + sum(asked.samples for asked in ours))
             with self._fence.busy("generating"), no_backward(self._synced()):
-                on_rows = None if on_step is None else hand_out(ours, sampling.n, share, self._version, on_step)
-                collected = self._collected = self._run(everyones, sampling, seed, on_rows)
+                on_rows = None if on_step is None else hand_out(ours, rows, self._version, on_step)
+                collected = self._collected = self._run(everyones, sampling, keys, on_rows)
             self._num_phases += 1
-        return pack(ours, sampling.n, collected, share, self._version)
+        return pack(ours, collected, rows, keys[rows], self._version)
 
     def sync_weights(self, policy: nn.Module, version: int) -> SyncReport:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
@@ -258,21 +279,22 @@ class RolloutEngine:
 
     def _run(
         self,
-        prompts: Sequence[np.ndarray],
+        asked: Sequence[Asked],
         sampling: SamplingConfig,
-        seed: int,
+        streams: np.ndarray,
         on_rows: Callable[[Collected, list[int]], None] | None,
     ) -> Collected:
         from rollout.backend.core import make_requests
 
         self._collected = None  # nothing of the last phase passes for this one's, should it be interrupted
         self._core.executor.take_again("weights", "kv_cache")
-        requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
-        collected = Collected.empty(len(requests), sampling.max_tokens)
+        requests = make_requests(self._core, asked, sampling, streams.tolist())
+        collected = Collected.empty(len(requests), max((each.max_tokens for each in asked), default=1))
+        sizes = [each.samples for each in asked]
         self._phase = Phase(PhaseTimeline())
         on_ended = None if on_rows is None else partial(on_rows, collected)
         with preserved_trainer_state():
-            drive(self._core, requests, sampling.n, collected, self._phase, self._agreement, self._watch.beat, on_ended)
+            drive(self._core, requests, sizes, collected, self._phase, self._agreement, self._watch.beat, on_ended)
             with span("compare ranks"):
                 self._agreement.finish()
         record_phase(self._phase.timeline)
@@ -290,28 +312,37 @@ class RolloutEngine:
     def _token_ids(self, prompt: Prompt) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
 
-    def _share(self, ours: list[np.ndarray], sampling: SamplingConfig, seed: int) -> list[list[np.ndarray]]:
+    def _share(self, ours: list[Asked], sampling: SamplingConfig, seed: int) -> list[list[Asked]]:
         """Every rank's prompts, in rank order, once all ranks of the group are known to ask for the same thing."""
-        gathered: list[Any] = [None] * self.tensor_parallel_size
-        dist.all_gather_object(gathered, (ours, sampling, seed), group=self._group)
+        gathered = self.everyones((ours, sampling, seed))
         for rank, (_, theirs, their_seed) in enumerate(gathered):
             if (theirs, their_seed) != gathered[0][1:]:
                 raise ValueError(
                     f"rank {rank} of the tensor-parallel group generates with {theirs}, seed {their_seed}; "
                     f"rank 0 with {gathered[0][1]}, seed {gathered[0][2]}: pass the same on every rank"
                 )
-        return [prompts for prompts, _, _ in gathered]
+        return [asked for asked, _, _ in gathered]
 
-    def _check_prompts(self, prompts_of_ranks: list[list[np.ndarray]], sampling: SamplingConfig) -> None:
+    def _check_asked(self, of_ranks: list[list[Asked]], sampling: SamplingConfig) -> None:
         # Every rank checks every prompt, so that all of them raise together and none waits for the others.
-        limit = self._core.max_model_len - sampling.max_tokens
-        for rank, prompts in enumerate(prompts_of_ranks):
-            for index, prompt in enumerate(prompts):
-                if not 0 < len(prompt) <= limit:
+        for rank, of_rank in enumerate(of_ranks):
+            for index, asked in enumerate(of_rank):
+                tokens, limit = len(asked.prompt_ids), self.max_model_len - asked.max_tokens
+                if not 0 < tokens <= limit:
                     raise ValueError(
-                        f"prompt {index} of rank {rank} has {len(prompt)} tokens; between 1 and {limit} fit "
-                        f"(rollout.max_model_len {self._core.max_model_len} less sampling.max_tokens "
-                        f"{sampling.max_tokens}): shorten the prompt or raise rollout.max_model_len"
+                        f"prompt {index} of rank {rank} has {tokens} tokens; between 1 and {limit} fit "
+                        f"(rollout.max_model_len {self.max_model_len} less sampling.max_tokens "
+                        f"{asked.max_tokens}): shorten the prompt or raise rollout.max_model_len"
+                    )
+                if not 0 < asked.max_tokens <= sampling.max_tokens or asked.samples < 1:
+                    raise ValueError(
+                        f"prompt {index} of rank {rank} is given max_tokens {asked.max_tokens} and samples "
+                        f"{asked.samples}; give 1 to {sampling.max_tokens} (sampling.max_tokens), and at least 1"
+                    )
+                if asked.stream is not None and (asked.samples > 1 or asked.stream < 0):
+                    raise ValueError(
+                        f"prompt {index} of rank {rank} is given the stream {asked.stream} and samples "
+                        f"{asked.samples}; a stream is at least 0, as RolloutBatch.streams has them, and one sample's"
                     )
 
     def _check_weights_are_there(self) -> None:
@@ -332,22 +363,23 @@ class RolloutEngine:
 
 
 def hand_out(
-    prompts: Sequence[np.ndarray], n: int, share: slice, version: int, on_step: OnStep
+    asked: Sequence[Asked], share: slice, version: int, on_step: OnStep
 ) -> Callable[[Collected, list[int]], None]:
     """`on_step` for rows of the group's tokens: those of this rank's share, numbered as it numbers them."""
+    prompt_of_row = [index for index, each in enumerate(asked) for _ in range(each.samples)]
 
     def on_rows(collected: Collected, rows: list[int]) -> None:
         ended = []
         for row in rows:
             if share.start <= row < share.stop:
                 number = row - share.start
-                length = collected.lengths[row]
+                index, length = prompt_of_row[number], collected.lengths[row]
                 rollout = Rollout(
-                    prompt_ids=prompts[number // n],
+                    prompt_ids=asked[index].prompt_ids,
                     response_ids=collected.token_ids[row, :length].copy(),
                     logprobs=collected.logprobs[row, :length].copy(),
                     finish_reason="stop" if collected.finished[row] else "length",
-                    prompt_index=number // n,
+                    prompt_index=index,
                     version=version,
                 )
                 ended.append((number, rollout))
@@ -356,11 +388,36 @@ def hand_out(
     return on_rows
 
 
-def pack(prompts: Sequence[np.ndarray], n: int, collected: Collected, rows: slice, version: int) -> RolloutBatch:
+def ask(
+    prompts: Sequence[np.ndarray],
+    sampling: SamplingConfig,
+    samples: Sequence[int] | None,
+    max_tokens: Sequence[int] | None,
+    streams: Sequence[int | None] | None,
+) -> list[Asked]:
+    """What each prompt asks for: as given for it, else as `sampling` has it.
+
+    Raises:
+        ValueError: if a list has not one entry a prompt.
+    """
+    for name, given in (("samples", samples), ("max_tokens", max_tokens), ("streams", streams)):
+        if given is not None and len(given) != len(prompts):
+            raise ValueError(f"{name} has {len(given)} entries for {len(prompts)} prompts; give one a prompt, or None")
+    samples = [sampling.n] * len(prompts) if samples is None else samples
+    max_tokens = [sampling.max_tokens] * len(prompts) if max_tokens is None else max_tokens
+    streams = [None] * len(prompts) if streams is None else streams
+    return [
+        Asked(prompt, int(count), int(limit), None if stream is None else int(stream))
+        for prompt, count, limit, stream in zip(prompts, samples, max_tokens, streams, strict=True)
+    ]
+
+
+def pack(asked: Sequence[Asked], collected: Collected, rows: slice, streams: np.ndarray, version: int) -> RolloutBatch:
     """This rank's rows of the group's tokens, without padding."""
     lengths = collected.lengths[rows]
     valid = np.arange(collected.token_ids.shape[1]) < lengths[:, None]
-    repeated = [prompt for prompt in prompts for _ in range(n)]
+    repeated = [each.prompt_ids for each in asked for _ in range(each.samples)]
+    sizes = np.array([each.samples for each in asked], np.int64)
     return RolloutBatch(
         prompt_ids=np.concatenate(repeated) if repeated else np.zeros(0, np.int32),
         prompt_lengths=np.array([len(prompt) for prompt in repeated], np.int32),
@@ -368,6 +425,7 @@ def pack(prompts: Sequence[np.ndarray], n: int, collected: Collected, rows: slic
         response_lengths=lengths,
         logprobs=collected.logprobs[rows][valid],
         finished=collected.finished[rows],
-        prompt_index=np.repeat(np.arange(len(prompts), dtype=np.int32), n),
+        prompt_index=np.repeat(np.arange(len(asked), dtype=np.int32), sizes),
         version=version,
+        streams=streams,
     )

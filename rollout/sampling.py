@@ -14,7 +14,7 @@ the schedule and the number of ranks (where every shard begins at a multiple of 
 sums).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -120,6 +120,24 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
         state = (state ^ (state >> np.uint64(30))) * MIX_1
         state = (state ^ (state >> np.uint64(27))) * MIX_2
     return state ^ (state >> np.uint64(31))
+
+
+def request_streams(seed: Sequence[int], given: Sequence[int | None]) -> np.ndarray:
+    """The key of each sequence's random numbers: as given, or drawn from `seed` and its number among those without.
+
+    A longer batch begins with the keys of a shorter one, and sequences that go on do not move the others' keys.
+
+    Returns:
+        (sequences,) int64, at least 0.
+
+    >>> drawn = request_streams((0, 1), [None, None])
+    >>> request_streams((0, 1), [None, 7, None]).tolist() == [drawn[0], 7, drawn[1]]
+    True
+    """
+    fresh = np.array([stream is None for stream in given], bool)
+    streams = np.array([0 if stream is None else stream for stream in given], np.int64)
+    streams[fresh] = np.random.SeedSequence(seed).generate_state(int(fresh.sum()), np.uint64) >> np.uint64(1)
+    return streams
 
 
 def step_seeds(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

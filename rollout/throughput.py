@@ -21,6 +21,15 @@ EXECUTE = 4  # execute: the device runs the step; recorded only where that is no
 _NUM_KINDS = 5
 
 TAIL_SHARE = 0.25  # of the largest number of live sequences: below it a step belongs to the phase's tail
+SUMMED = (
+    "rollout/generated_tokens",
+    "rollout/sequences",
+    "rollout/preemptions",
+    "rollout/observation_tokens",
+    "rollout/environment_failed",
+)
+"""Over tensor-parallel groups; of the next ones the largest group's counts."""
+LARGEST = ("rollout/seconds", "rollout/decode_steps", "rollout/kv_cache_usage", "rollout/environment_seconds")
 
 
 class PhaseTimeline:
@@ -282,17 +291,63 @@ def merge_groups(groups: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in dict.fromkeys(name for group in groups for name in group):
         having = [group for group in groups if name in group]
         values = [group[name] for group in having]
-        if name in ("rollout/generated_tokens", "rollout/sequences", "rollout/preemptions"):
+        if name in SUMMED:
             merged[name] = sum(values)
-        elif name in ("rollout/seconds", "rollout/decode_steps", "rollout/kv_cache_usage"):
+        elif name in LARGEST:
             merged[name] = max(values)
-        elif name.startswith("rollout/response_tokens_") or name == "rollout/truncated_fraction":
+        elif name.startswith("rollout/response_tokens_") or name in (
+            "rollout/truncated_fraction",
+            "rollout/turns_mean",
+        ):
             merged[name] = float(np.average(values, weights=[group["rollout/sequences"] for group in having]))
         else:
             merged[name] = float(np.mean(values))
     if "rollout/generated_tokens_per_s" in merged:
         merged["rollout/generated_tokens_per_s"] = merged["rollout/generated_tokens"] / merged["rollout/seconds"]
     return merged
+
+
+def merge_rounds(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a phase that was made of several calls of `generate` over the same rows: amounts add up, the cache
+    was as full as at its fullest, the rest is the first call's.
+
+    >>> first = {"rollout/generated_tokens": 100, "rollout/seconds": 1.0, "rollout/sequences": 8}
+    >>> merged = merge_rounds([first, first | {"rollout/seconds": 3.0, "rollout/sequences": 5}])
+    >>> merged["rollout/sequences"], merged["rollout/generated_tokens_per_s"]
+    (8, 50.0)
+    """
+    merged = dict(rounds[0])
+    for name in ("rollout/generated_tokens", "rollout/seconds", "rollout/decode_steps", "rollout/preemptions"):
+        if name in merged:
+            merged[name] = sum(of_round[name] for of_round in rounds)
+    if "rollout/kv_cache_usage" in merged:
+        merged["rollout/kv_cache_usage"] = max(of_round["rollout/kv_cache_usage"] for of_round in rounds)
+    if merged["rollout/seconds"] > 0:
+        rate = merged["rollout/generated_tokens"] / merged["rollout/seconds"]
+        merged["rollout/generated_tokens_per_s"] = rate
+    return merged
+
+
+def turn_metrics(figures: np.ndarray) -> dict[str, float]:
+    """The rollout/* metrics of whole rollouts of several turns, in place of those of single calls.
+
+    Args:
+        figures: (rows of the group, 4) int: tokens generated, tokens observed, turns, 1 if it finished else 0.
+
+    >>> turn_metrics(np.array([[5, 3, 2, 1], [1, 0, 1, 0]]))["rollout/turns_mean"]
+    1.5
+    """
+    if not len(figures):
+        return {"rollout/observation_tokens": 0}
+    generated, observed, turns, finished = figures.T
+    return {
+        "rollout/observation_tokens": int(observed.sum()),
+        "rollout/turns_mean": float(turns.mean()),
+        "rollout/response_tokens_mean": float(generated.mean()),
+        "rollout/response_tokens_p50": float(np.percentile(generated, 50)),
+        "rollout/response_tokens_p99": float(np.percentile(generated, 99)),
+        "rollout/truncated_fraction": float(1.0 - finished.mean()),
+    }
 
 
 def _device_fractions(timeline: PhaseTimeline) -> dict[str, float]:

@@ -19,10 +19,13 @@ class Rollout:
     Attributes:
         prompt_ids: (prompt_tokens,) int32.
         response_ids: (response_tokens,) int32; ends with the stop token where finish_reason is "stop".
-        logprobs: (response_tokens,) float32, natural log, of each response token when it was sampled.
+        logprobs: (response_tokens,) float32, natural log, of each response token when it was sampled; 0 where it was
+            not.
         finish_reason: "stop" if the response ended by itself, "length" if a limit cut it.
         prompt_index: which of the prompts given by this rank it answers.
         version: of the weights that made it; -1 before the first sync.
+        generated: (response_tokens,) bool; True = sampled by the policy, False = given by an environment
+            (rollout/turns.py). None: all were sampled.
     """
 
     prompt_ids: np.ndarray
@@ -31,6 +34,12 @@ class Rollout:
     finish_reason: FinishReason
     prompt_index: int
     version: int
+    generated: np.ndarray | None = None
+
+    @property
+    def num_generated(self) -> int:
+        """Response tokens that the policy sampled."""
+        return len(self.response_ids) if self.generated is None else int(self.generated.sum())
 
 
 OnStep = Callable[[Sequence[tuple[int, Rollout]]], None]
@@ -41,17 +50,22 @@ OnStep = Callable[[Sequence[tuple[int, Rollout]]], None]
 class RolloutBatch:
     """This rank's share of one phase of generation, packed without padding.
 
-    With `n` samples a prompt, sample j of prompt i stands at row i * n + j.
+    With `n` samples a prompt, sample j of prompt i stands at row i * n + j. A response may hold tokens that an
+    environment gave: `generated` tells them apart.
 
     Attributes:
         prompt_ids: (sum of prompt_lengths,) int32.
         prompt_lengths: (batch,) int32, in tokens.
         response_ids: (sum of response_lengths,) int32.
         response_lengths: (batch,) int32, in tokens, the stop token included.
-        logprobs: (sum of response_lengths,) float32, natural log.
+        logprobs: (sum of response_lengths,) float32, natural log; 0 for tokens that were not sampled.
         finished: (batch,) bool; True where the response ended by itself, False where a limit cut it.
         prompt_index: (batch,) int32, into the prompts given by this rank.
         version: of the weights that made all of them; -1 before the first sync.
+        generated: (sum of response_lengths,) bool; True = sampled by the policy, False = given by an environment.
+            None: all were sampled.
+        streams: (batch,) int64, the key of each row's random numbers, with which `RolloutEngine.generate` goes on
+            with the row; None where nobody can.
 
     >>> batch = RolloutBatch(
     ...     prompt_ids=np.array([5, 6, 7], np.int32), prompt_lengths=np.array([2, 1], np.int32),
@@ -70,11 +84,21 @@ class RolloutBatch:
     finished: np.ndarray
     prompt_index: np.ndarray
     version: int
+    generated: np.ndarray | None = None
+    streams: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         # Row starts, once: indexing a row must not sum the lengths again.
         object.__setattr__(self, "_prompt_starts", np.concatenate(([0], np.cumsum(self.prompt_lengths))))
         object.__setattr__(self, "_response_starts", np.concatenate(([0], np.cumsum(self.response_lengths))))
+
+    @property
+    def generated_lengths(self) -> np.ndarray:
+        """(batch,) int32: the tokens of each response that the policy sampled."""
+        if self.generated is None:
+            return self.response_lengths
+        sums = np.concatenate(([0], np.cumsum(self.generated, dtype=np.int32)))
+        return np.diff(sums[self._response_starts])  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.response_lengths)
@@ -92,7 +116,25 @@ class RolloutBatch:
             finish_reason="stop" if self.finished[row] else "length",
             prompt_index=int(self.prompt_index[row]),
             version=self.version,
+            generated=None if self.generated is None else self.generated[response],
         )
 
     def __iter__(self) -> Iterator[Rollout]:
         return (self[row] for row in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt of a call of `generate`, as every rank of the group is told of it.
+
+    Attributes:
+        prompt_ids: (prompt_tokens,) int32.
+        samples: responses to it.
+        max_tokens: of each of them.
+        stream: the key of the random numbers of the one sample that goes on with it; None draws each sample's.
+    """
+
+    prompt_ids: np.ndarray
+    samples: int
+    max_tokens: int
+    stream: int | None = None

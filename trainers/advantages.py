@@ -1,7 +1,13 @@
 """From scores and values to advantages: token rewards, GAE, groups, whitening. Pure functions, no gradient flows.
 
 All tensors are (batch, response) and right-padded: row b holds its response's tokens in columns 0 to length - 1, and
-`response_mask` is True exactly there. Results are zero outside the mask, whatever the arguments hold there.
+`response_mask` is True where the policy sampled the token: all of them, or all but an environment's observations in
+between. Results are zero outside the mask, whatever the arguments hold there.
+
+The steps of the decision process are the sampled tokens. An observation belongs to the transition that follows the
+token before it: the next state is the one before the next sampled token. No discount, reward or value is an
+observation's own. (So in verl, `core_algos.compute_gae_advantage_return`, "skip values and TD-error on observation
+tokens".)
 """
 
 from typing import Literal
@@ -21,7 +27,7 @@ def token_rewards(
     kl_coef: float,
     kl_estimator: Literal["k1", "k2", "k3"] = "k1",
 ) -> torch.Tensor:
-    """The reward of each token: a KL penalty on every one, and the response's score on the last.
+    """The reward of each sampled token: a KL penalty on every one, and the response's score on the last.
 
         r_t = -kl_coef * KL(log pi_ref(a_t | s_t) - log pi(a_t | s_t)) + [t is last] * score
 
@@ -50,8 +56,7 @@ def token_rewards(
         raise ValueError(
             f"kl_coef is {kl_coef} but there are no reference log-probs; set kl_coef=0 or load a reference"
         )
-    columns = torch.arange(response_mask.shape[1], device=response_mask.device)
-    is_last = response_mask & (columns == response_mask.sum(dim=1, keepdim=True) - 1)
+    is_last = response_mask & (response_mask.cumsum(dim=1) == response_mask.sum(dim=1, keepdim=True))
     rewards = torch.where(is_last, scores[:, None].to(logprobs.dtype), 0.0)
     if ref_logprobs is not None:
         penalty = KL_ESTIMATORS[kl_estimator](torch.where(response_mask, ref_logprobs - logprobs, 0.0))
@@ -68,13 +73,14 @@ def gae(
         A_t     = sum over l of (gamma * lam)^l * delta_{t+l} = delta_t + gamma * lam * A_{t+1}  (eq. 16)
         return_t = A_t + V(s_t)                                                                 (TD(lambda))
 
-    Schulman et al. 2016, arXiv:1506.02438. State s_t is the prompt and the response's first t tokens. The last token
-    ends the episode, also where a length limit cut the response: V after it is 0, nothing is bootstrapped.
+    Schulman et al. 2016, arXiv:1506.02438. State s_t is the prompt and the response before its t-th sampled token,
+    observations included; t + 1 is the next sampled token, over the observation where one stands between. The last
+    token ends the episode, also where a length limit cut the response: V after it is 0, nothing is bootstrapped.
 
     Args:
         rewards: (batch, response) float.
         values: (batch, response) float, V(s_t): of the state BEFORE token t.
-        response_mask: (batch, response) bool; True = a generated token; right-padded.
+        response_mask: (batch, response) bool; True = a sampled token.
         gamma: discount a token, 0 to 1.
         lam: 1 is the discounted sum of rewards less the value (no bias), 0 is delta alone (least variance).
 
@@ -86,17 +92,17 @@ def gae(
     >>> advantages, returns
     (tensor([[-0.2500,  0.7500]]), tensor([[0.2500, 1.0000]]))
     """
-    assert not (response_mask[:, 1:] & ~response_mask[:, :-1]).any(), "response_mask must be right-padded"
     rewards = torch.where(response_mask, rewards, 0.0)
-    values = torch.where(response_mask, values, 0.0)  # so the state after the last token has value 0
+    values = torch.where(response_mask, values, 0.0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
-    # Padding needs no test in the loop: reward and value are 0 there, so the advantage stays 0 until the last token.
     for t in reversed(range(values.shape[1])):
+        sampled = response_mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = delta + gamma * lam * next_advantage
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
+        advantages[:, t] = torch.where(sampled, delta + gamma * lam * next_advantage, 0.0)
+        # Observations hand on what follows them; padding hands on the 0 of the state after the last token.
+        next_advantage = torch.where(sampled, advantages[:, t], next_advantage)
+        next_value = torch.where(sampled, values[:, t], next_value)
     return advantages, advantages + values
 
 

@@ -80,6 +80,10 @@ def partition(costs: Sequence[int], parts: int) -> list[list[int]]:
 def join(groups: Sequence[Group]) -> tuple[RolloutBatch, np.ndarray]:
     """The groups as one batch, numbered from 0, and its scores; at least one group."""
     rows = [rollout for group in groups for rollout in group.rollouts]
+    generated = None
+    if any(row.generated is not None for row in rows):
+        masks = [np.ones(len(row.response_ids), bool) if row.generated is None else row.generated for row in rows]
+        generated = np.concatenate(masks)
     batch = RolloutBatch(
         prompt_ids=np.concatenate([row.prompt_ids for row in rows]),
         prompt_lengths=np.array([len(row.prompt_ids) for row in rows], np.int32),
@@ -89,5 +93,6 @@ def join(groups: Sequence[Group]) -> tuple[RolloutBatch, np.ndarray]:
         finished=np.array([row.finish_reason == "stop" for row in rows]),
         prompt_index=np.repeat(np.arange(len(groups), dtype=np.int32), [len(group.rollouts) for group in groups]),
         version=rows[0].version,
+        generated=generated,
     )
     return batch, np.concatenate([group.scores for group in groups])

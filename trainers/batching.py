@@ -17,15 +17,18 @@ from rollout import RolloutBatch
 class TrainBatch:
     """This rank's sequences for training, prompt then response, right-padded with zeros.
 
-    (batch, response) tensors hold the response's tokens in columns 0 to length - 1 and are zero elsewhere. The optional
-    ones are filled in as a step goes on: by `no_grad_pass`, then by `with_targets`.
+    (batch, response) tensors hold the response's tokens in columns 0 to length - 1 and are zero elsewhere. A response
+    of several turns holds an environment's tokens, too: columns that the mask leaves out, and whatever is computed
+    for a token is zero there. The optional ones are filled in as a step goes on: by `no_grad_pass`, then by
+    `with_targets`.
 
     Attributes:
         input_ids: (batch, sequence) int64.
         prompt_lengths: (batch,) int64, in tokens, at least 1.
-        response_lengths: (batch,) int64, in tokens, the stop token included.
+        response_lengths: (batch,) int64, in tokens, the stop token and an environment's tokens included.
         response_ids: (batch, response) int64.
-        response_mask: (batch, response) bool; True = a generated token.
+        response_mask: (batch, response) bool; True = a token that the policy sampled; False = given by an environment,
+            or padding. A row's last token is sampled.
         engine_logprobs: (batch, response) float32, natural log, as the engine sampled them.
         scores: (batch,) float32, of whole responses.
         groups: (batch,) int64, the number of the prompt among this rank's: equal for the responses of one prompt.
@@ -67,15 +70,16 @@ class TrainBatch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """(tokens,) int64: the response tokens of all rows, packed."""
+        """(tokens,) int64: the sampled tokens of all rows, packed."""
         return self.response_ids[self.response_mask]
 
     @property
     def predicts_response(self) -> torch.Tensor:
-        """(batch, sequence) bool: True where the hidden state predicts a response token, one position before it."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        first = self.prompt_lengths[:, None] - 1
-        return (positions >= first) & (positions < first + self.response_lengths[:, None])
+        """(batch, sequence) bool: True where the hidden state predicts a sampled token, one position before it."""
+        row, column = self.response_mask.nonzero(as_tuple=True)
+        predicts = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        predicts[row, self.prompt_lengths[row] - 1 + column] = True
+        return predicts
 
     def with_targets(self, advantages: torch.Tensor, returns: torch.Tensor | None = None) -> "TrainBatch":
         """The batch with its advantages and, for a critic, its returns, both (batch, response)."""
@@ -157,16 +161,20 @@ def make_batch(rollouts: RolloutBatch, scores: Sequence[float] | np.ndarray, dev
     positions = np.arange((prompt_lengths + response_lengths).max())
     is_prompt = positions < prompt_lengths
     is_response = ~is_prompt & (positions < prompt_lengths + response_lengths)
-    response_mask = np.arange(response_lengths.max()) < response_lengths
+    in_response = np.arange(response_lengths.max()) < response_lengths
+    response_mask = in_response.copy()
+    if rollouts.generated is not None:
+        response_mask[in_response] = rollouts.generated
 
     # A boolean index takes the packed tokens in row order: the order in which they are packed.
     input_ids = np.zeros(is_prompt.shape, np.int64)
     input_ids[is_prompt] = rollouts.prompt_ids
     input_ids[is_response] = rollouts.response_ids
-    response_ids = np.zeros(response_mask.shape, np.int64)
-    response_ids[response_mask] = rollouts.response_ids
-    engine_logprobs = np.zeros(response_mask.shape, np.float32)
-    engine_logprobs[response_mask] = rollouts.logprobs
+    response_ids = np.zeros(in_response.shape, np.int64)
+    response_ids[in_response] = rollouts.response_ids
+    engine_logprobs = np.zeros(in_response.shape, np.float32)
+    engine_logprobs[in_response] = rollouts.logprobs
+    engine_logprobs[~response_mask] = 0.0
 
     def tensor(array: Sequence[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(array, dtype=dtype, device=device)

@@ -275,6 +275,7 @@ def _check_data(config: Experiment) -> str:
     """Read the tokenizer and the data, as the run would."""
     from transformers import AutoTokenizer
 
+    from trainers.environment import Environment
     from trainers.held_out import load_data, load_evaluation_prompts
     from trainers.lora import check_target_modules
     from trainers.reward_functions import load_functions
@@ -292,6 +293,7 @@ def _check_data(config: Experiment) -> str:
     everything = [*examples, *evaluated]
     check_answers([example.answer for example in everything], config.reward)
     load_functions(config.reward.paths)
+    Environment(dataclasses.replace(config.environment, workers=0), tokenizer)
     longest = max(len(example.prompt_ids) for example in everything)
     return (
         f"The config is sound: {len(examples)} prompts to train on and {len(evaluated)} to evaluate on, of at most "

@@ -19,6 +19,7 @@ from trainers.config import Experiment
 from trainers.dashboard import memory_metrics
 from trainers.data import PromptStream
 from trainers.dynamic_sampling import Round, add_rounds, count_groups, kept_groups, round_seed
+from trainers.environment import Dialogue, Environment
 from trainers.scoring import Scorer, join_scores
 
 SAMPLES_FILE = "samples.jsonl"
@@ -26,7 +27,13 @@ SAMPLES_A_STEP = 4
 
 
 def generate_rounds(
-    engine: RolloutEngine, stream: PromptStream, scorer: Scorer, config: Experiment, step: int, phase: Callable
+    engine: RolloutEngine,
+    stream: PromptStream,
+    environment: Environment,
+    scorer: Scorer,
+    config: Experiment,
+    step: int,
+    phase: Callable,
 ) -> tuple[list[Round], dict[str, float]]:
     """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
 
@@ -41,12 +48,11 @@ def generate_rounds(
     while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
         examples = next(stream)
         with engine.awake(), phase("generate"):
-            prompt_ids = [example.prompt_ids for example in examples]
-            scoring = scorer.begin(examples)
             seed = round_seed(step, len(rounds))
+            scoring = scorer.begin(examples)
             cpu_s = time.process_time()
-            rollouts = engine.generate(prompt_ids, config.sampling, seed=seed, on_step=scoring.on_step)
-            of_rounds.append(rollout_metrics(engine, time.process_time() - cpu_s))
+            rollouts, of_group = environment.generate(engine, examples, config.sampling, seed, scoring.on_step)
+            of_rounds.append(rollout_metrics(engine, of_group, time.process_time() - cpu_s))
         with phase("reward"):
             rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
     scores = join_scores([each.scores for each in rounds])
@@ -81,15 +87,16 @@ def reward_metrics(totals: np.ndarray) -> dict[str, float]:
     return {"reward/mean": mean, "reward/std": max(squares / count - mean**2, 0.0) ** 0.5}
 
 
-def rollout_metrics(engine: RolloutEngine, cpu_s: float) -> dict[str, float]:
+def rollout_metrics(engine: RolloutEngine, of_group: dict[str, float], cpu_s: float) -> dict[str, float]:
     """The rollout/* metrics of the whole job, each tensor-parallel group counted once; and the rank/* ones of all.
 
     Args:
+        of_group: its phase's.
         cpu_s: that this rank's process has computed for the phase, all threads.
     """
     ours = {"rank/cpu_s": cpu_s} | memory_metrics()
     everyones: list = [None] * engine.world.size
-    dist.all_gather_object(everyones, (engine.metrics, ours))
+    dist.all_gather_object(everyones, (of_group, ours))
     merged = merge_groups([metrics for metrics, _ in everyones[:: engine.tensor_parallel_size]])
     return merged | rank_metrics([rollout | of_rank for rollout, of_rank in everyones])
 
@@ -109,11 +116,11 @@ def rank_metrics(everyones: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def samples_of(step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A few of this rank's responses, special tokens shown."""
-    scored = list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]
-    return [
-        {
+def samples_of(step: int, first: Round, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list[dict[str, Any]]:
+    """A few of this rank's responses, special tokens shown; of several turns each."""
+    samples = []
+    for rollout, reward in list(zip(first.rollouts, first.scores.total.tolist(), strict=True))[:SAMPLES_A_STEP]:
+        sample = {
             "step": step,
             "prompt": first.examples[rollout.prompt_index].text,
             "response": tokenizer.decode(rollout.response_ids),
@@ -123,8 +130,10 @@ def samples_of(step: int, first: Round, tokenizer: PreTrainedTokenizerBase) -> l
             "finish_reason": rollout.finish_reason,
             "version": rollout.version,
         }
-        for rollout, reward in scored
-    ]
+        if rollout.generated is not None:
+            sample["turns"] = list(dialogue.texts(rollout))
+        samples.append(sample)
+    return samples
 
 
 def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -16,6 +16,8 @@ from trainers.hyperparameters import GRPOHyperparameters, Hyperparameters, PPOHy
 ARITHMETIC_OPERATORS = ("+", "-", "*")
 MAX_ARITHMETIC_DIGITS = 6
 BUILT_IN_REWARDS = ("exact_number", "math_verify")
+FUNCTION_PATH = r".+:[A-Za-z_][A-Za-z0-9_]*"
+"""Of a function of the user's: module:function, or file.py:function."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class RewardConfig:
         check_least("reward", self, {"workers": 0})
         check_above_zero("reward", self, "timeout_s")
         for path in self.functions:
-            if path not in BUILT_IN_REWARDS and not re.fullmatch(r".+:[A-Za-z_][A-Za-z0-9_]*", path):
+            if path not in BUILT_IN_REWARDS and not re.fullmatch(FUNCTION_PATH, path):
                 raise ConfigError(
                     f"reward.functions has {path!r}; give module:function, path/to/file.py:function, or one of "
                     f"{', '.join(BUILT_IN_REWARDS)}"
@@ -204,6 +206,47 @@ class RewardConfig:
             )
         if not all(map(math.isfinite, self.weights)):
             raise ConfigError(f"reward.weights is {self.weights}; each must be a finite number")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """Several turns: an environment (a tool, a teacher, a game) answers the policy, which then goes on.
+
+    Args:
+        function: as "module:function" or "path/to/file.py:function"; called as function(episode) after each turn that
+            the policy ends by itself; returns text, or None where the episode is over (trainers/conversation.py;
+            trainers.calculator:calculator is an example). null has no environment: a response is one turn.
+        max_turns: of the policy, at most. sampling.max_tokens counts its tokens of all turns together; the observations
+            have what rollout.max_model_len leaves.
+        role: whose message an observation is in the model's chat template; none takes the text as it stands, as a model
+            without a template does.
+        workers: processes a rank that ask the function, so that a slow or failing one is bounded; 0 asks in the rank
+            itself, where nothing bounds it.
+        timeout_s: of one answer in a worker; the worker is then ended and replaced.
+        on_error: what happens where the function raises, gives no text or runs out of time - raise ends the run, cut
+            ends the rollout as a limit would and counts it in rollout/environment_failed.
+
+    >>> EnvironmentConfig(function="calculator")
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: environment.function is 'calculator'; give module:function, path/to/file.py:function \
+or null
+    """
+
+    function: str | None = None
+    max_turns: int = 4
+    role: Literal["user", "tool", "none"] = "user"
+    workers: int = 0
+    timeout_s: float = 20.0
+    on_error: Literal["raise", "cut"] = "raise"
+
+    def __post_init__(self) -> None:
+        check_least("environment", self, {"max_turns": 2, "workers": 0})
+        check_above_zero("environment", self, "timeout_s")
+        if self.function is not None and not re.fullmatch(FUNCTION_PATH, self.function):
+            raise ConfigError(
+                f"environment.function is {self.function!r}; give module:function, path/to/file.py:function or null"
+            )
 
 
 @dataclass(frozen=True)
@@ -391,6 +434,7 @@ class Experiment:
         sampling: how responses are drawn
         data: the prompts and their answers
         reward: how a response is scored
+        environment: what answers the policy, where a response has several turns
         evaluation: accuracy on prompts that are not trained on
         optimizer: AdamW
         run: where the run is recorded
@@ -407,6 +451,7 @@ class Experiment:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -17,6 +17,11 @@ from trainers.scoring import Scores
 
 ROUND_SEEDS = 2**32
 """Apart from each other in the engine's seeds: training steps are fewer."""
+AMOUNTS = (
+    *("generated_tokens", "seconds", "sequences", "decode_steps", "preemptions"),
+    *("observation_tokens", "environment_seconds", "environment_failed"),
+)
+"""Of rollout/*: these add up over a step's rounds."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,7 @@ def add_rounds(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     if len(metrics) == 1:
         return metrics[0]
-    amounts = ("generated_tokens", "seconds", "sequences", "decode_steps", "preemptions")
-    names = [name for amount in amounts if (name := f"rollout/{amount}") in metrics[0]]
+    names = [name for amount in AMOUNTS if (name := f"rollout/{amount}") in metrics[0]]
     total = {name: sum(of_round[name] for of_round in metrics) for name in names}
     rate = total["rollout/generated_tokens"] / total["rollout/seconds"]
     return metrics[0] | total | {"rollout/generated_tokens_per_s": rate}

@@ -34,6 +34,8 @@ the weights alone."""
 
 Score = Callable[[RolloutBatch, Sequence[Example]], np.ndarray]
 """Rewards of this rank's responses, (batch,) float, to this rank's prompts."""
+Generate = Callable[[RolloutEngine, Sequence[Example], SamplingConfig, int], tuple[RolloutBatch, dict[str, float]]]
+"""As `trainers.environment.Environment.generate`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Outcome:
         answer: the right one.
         response: the greedy one, special tokens shown.
         score: the greedy response's reward.
-        tokens: of the greedy response, the stop token included.
+        tokens: of the greedy response, the stop token included; those that the policy sampled.
         finished: False where a limit cut the greedy response.
         sampled_scores: rewards of the sampled responses, (n,); empty without samples.
     """
@@ -77,6 +79,7 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase",
     sampling: SamplingConfig,
     config: EvaluationConfig,
+    generate: Generate | None = None,
 ) -> tuple[dict[str, float], list[Outcome]]:
     """Answer the prompts with the engine's weights; called by every rank.
 
@@ -85,6 +88,7 @@ def evaluate(
         score: of this rank's responses.
         sampling: limits and stop tokens of all responses; top_p and the like of the sampled ones. Its temperature and
             n are not used.
+        generate: the engine's responses to examples, as `Environment.generate`; None: to their prompts, in one turn.
 
     Returns:
         The eval/* metrics (docs/metrics.md) and the outcome of each prompt, in order; the same on all ranks.
@@ -94,13 +98,18 @@ def evaluate(
     numbers = range(world.rank, len(examples), world.size)
     # A rank without a prompt answers the first one, unheard: a group of ranks without any would have nothing to run.
     mine = [examples[number] for number in numbers] or [examples[0]]
-    prompts = [example.prompt_ids for example in mine]
+
+    def responses(sampling: SamplingConfig) -> RolloutBatch:
+        if generate is None:
+            return engine.generate([example.prompt_ids for example in mine], sampling, seed=EVALUATION_SEED)
+        return generate(engine, mine, sampling, EVALUATION_SEED)[0]
+
     greedy_sampling = replace(sampling, temperature=0.0, n=1, top_p=1.0, top_k=0, min_p=0.0)
-    greedy = engine.generate(prompts, greedy_sampling, seed=EVALUATION_SEED)
+    greedy = responses(greedy_sampling)
     scores, sampled_scores = score(greedy, mine), np.zeros((len(mine), 0))
     if config.temperature:
         sampled_sampling = replace(sampling, temperature=config.temperature, n=config.n)
-        sampled = engine.generate(prompts, sampled_sampling, seed=EVALUATION_SEED)
+        sampled = responses(sampled_sampling)
         sampled_scores = score(sampled, mine).reshape(len(mine), config.n)
     texts = tokenizer.batch_decode([rollout.response_ids.tolist() for rollout in greedy])
     ours = [
@@ -110,7 +119,7 @@ def evaluate(
             answer=example.answer,
             response=texts[row],
             score=float(scores[row]),
-            tokens=int(greedy.response_lengths[row]),
+            tokens=int(greedy.generated_lengths[row]),
             finished=bool(greedy.finished[row]),
             sampled_scores=sampled_scores[row].tolist(),
         )
@@ -172,13 +181,14 @@ def evaluate_and_show(
     config: EvaluationConfig,
     step: int,
     dashboard: "Dashboard",
+    generate: Generate | None = None,
 ) -> dict[str, float]:
     """The eval/* metrics of the engine's weights, all ranks; rank 0 writes down what was said."""
 
     def total(rollouts: RolloutBatch, of: Sequence[Example]) -> np.ndarray:
         return scorer.score(rollouts, of).total
 
-    metrics, outcomes = evaluate(engine, examples, total, tokenizer, sampling, config)
+    metrics, outcomes = evaluate(engine, examples, total, tokenizer, sampling, config, generate)
     if engine.world.is_main:
         write_outcomes(dashboard.folder, step, outcomes)
         dashboard.log_table(step, "eval/samples", [asdict(outcome) for outcome in outcomes[:TABLE_ROWS]])

@@ -11,6 +11,7 @@ from rollout import RolloutEngine, beat, init_world, watched
 from trainers.cli import dump
 from trainers.config import EvaluateConfig
 from trainers.dashboard import Dashboard
+from trainers.environment import Environment
 from trainers.evaluation import evaluate_and_show
 from trainers.held_out import load_evaluation_prompts
 from trainers.rewards import check_answers
@@ -32,7 +33,10 @@ def run_evaluation(config: EvaluateConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     examples = load_evaluation_prompts(config, tokenizer)
     check_answers([example.answer for example in examples], config.reward)
-    with Scorer(config.reward, tokenizer, beat) as scorer:
+    with (
+        Environment(config.environment, tokenizer, beat) as environment,
+        Scorer(config.reward, tokenizer, beat, environment.dialogue) as scorer,
+    ):
         folder = agreed_run_folder(config.run, dump(config), world.is_main, "eval")
         if world.is_main and config.run.progress:
             print(f"{folder}: {config.model.path} on {len(examples)} prompts of {origin(config)}", file=sys.stderr)
@@ -43,8 +47,9 @@ def run_evaluation(config: EvaluateConfig) -> Path:
             watch.busy("evaluating"),
         ):
             metrics = evaluate_and_show(
-                engine, examples, scorer, tokenizer, config.sampling, config.evaluation, 0, dashboard
-            )
+                engine, examples, scorer, tokenizer, config.sampling, config.evaluation, 0, dashboard,
+                environment.generate,
+            )  # fmt: skip
             dashboard.log(0, metrics)
     dist.barrier()
     dist.destroy_process_group()

@@ -25,6 +25,7 @@ from trainers.collection import batch_of, generate_rounds, samples_of, write_sam
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
+from trainers.environment import Environment
 from trainers.evaluation import evaluate_and_show, is_due
 from trainers.export import export_policy
 from trainers.held_out import load_data
@@ -70,10 +71,13 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     check_target_modules(config.model.path, config.lora)
     stream, held_out = prompts(config, tokenizer, world)
-    with Scorer(config.reward, tokenizer, beat) as scorer:  # its workers start before there are threads and devices
+    with (  # their workers start before there are threads and devices
+        Environment(config.environment, tokenizer, beat) as environment,
+        Scorer(config.reward, tokenizer, beat, environment.dialogue) as scorer,
+    ):
         start = agreed_start(config, stream.examples, world)
         with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
-            learn(config, algorithm, world, stream, held_out, scorer, tokenizer, start, watch)
+            learn(config, algorithm, world, stream, held_out, environment, scorer, tokenizer, start, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
@@ -86,6 +90,7 @@ def learn(
     world: World,
     stream: PromptStream,
     held_out: Sequence[Example],
+    environment: Environment,
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     start: Start,
@@ -113,8 +118,9 @@ def learn(
             with watch.busy("evaluating"), engine.awake():
                 engine.sync_weights(learner.policy.language_model, version=step)
                 return evaluate_and_show(
-                    engine, held_out, scorer, tokenizer, config.sampling, config.evaluation, step, dashboard
-                )
+                    engine, held_out, scorer, tokenizer, config.sampling, config.evaluation, step, dashboard,
+                    environment.generate,
+                )  # fmt: skip
 
         learner = make_learner(config, algorithm.load(config), world.device)
         restore(start, learner, stream, config.run.seed)
@@ -125,7 +131,7 @@ def learn(
                 metrics |= evaluated
                 with phase("sync"):
                     metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
-                rounds, found = generate_rounds(engine, stream, scorer, config, step, phase)
+                rounds, found = generate_rounds(engine, stream, environment, scorer, config, step, phase)
                 metrics |= found
                 with phase("no_grad"):
                     batch, found = batch_of(rounds, config, world)
@@ -137,7 +143,7 @@ def learn(
                     with phase("optimize"):
                         metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
             if world.is_main:
-                samples = samples_of(step, rounds[0], tokenizer)
+                samples = samples_of(step, rounds[0], tokenizer, environment.dialogue)
                 write_samples(folder, samples)
                 dashboard.log_samples(step, samples)
             if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step

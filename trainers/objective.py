@@ -16,7 +16,7 @@ class Minibatch:
     """What a minibatch holds on all ranks and in all micro-batches together; and the limit of a response.
 
     Attributes:
-        num_tokens: of all responses.
+        num_tokens: of all responses, those that the policy sampled.
         num_sequences: responses.
         max_tokens: of a response (sampling.max_tokens).
     """

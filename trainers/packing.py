@@ -55,8 +55,8 @@ class Layout:
     Attributes:
         input_ids: (1, tokens) int64.
         position_ids: (1, tokens) int64, each token's place in its own row.
-        predicting: (response tokens,) int64, the packed token whose hidden state predicts each response token; row
-            after row, in the order of `TrainBatch.targets`.
+        predicting: (sampled tokens,) int64, the packed token whose hidden state predicts each of them; row after row,
+            in the order of `TrainBatch.targets`.
         blocks: of attention; their kept tokens, one after another, are the packed ones in their order.
     """
 
@@ -117,11 +117,9 @@ def pack(batch: TrainBatch) -> Layout:
     for sequence in ordered:
         sequence.start, start = start, start + len(sequence)
     predicting = []
-    for of_row, prompt_length, response_length in zip(
-        rows, batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True
-    ):
+    for of_row, prompt_length, mask in zip(rows, batch.prompt_lengths.tolist(), batch.response_mask.cpu(), strict=True):
         before = torch.cat([sequence.places() for sequence in of_row])
-        predicting.append(before[prompt_length - 1 : prompt_length - 1 + response_length])
+        predicting.append(before[prompt_length - 1 + mask.nonzero().squeeze(1)])
     device = batch.input_ids.device
     positions = [torch.arange(len(sequence)) + sequence.first_position for sequence in ordered]
     return Layout(
@@ -256,7 +254,7 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 
 def packed_hidden_states(trunk: torch.nn.Module, layout: Layout) -> torch.Tensor:
-    """(response tokens, hidden): the last hidden states that predict response tokens, in the order of `targets`."""
+    """(sampled tokens, hidden): the last hidden states that predict them, in the order of `targets`."""
     output = trunk(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, layout=layout)
     return output.last_hidden_state[0].index_select(0, layout.predicting)
 
@@ -267,7 +265,7 @@ def packs(model: PreTrainedModel) -> bool:
 
 
 def response_hidden_states(model: PreTrainedModel, batch: TrainBatch) -> torch.Tensor:
-    """(response tokens, hidden): the last hidden states that predict them, in the order of `TrainBatch.targets`.
+    """(sampled tokens, hidden): the last hidden states that predict them, in the order of `TrainBatch.targets`.
 
     The trunk alone is called: a language model's own forward would make logits for every position.
     """

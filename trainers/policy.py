@@ -2,8 +2,8 @@
 
 Layout of a batch, everywhere in this folder: rows are right-padded, prompt then response. The hidden state at a
 position predicts the next token, so the first response token is predicted at the prompt's last position and the last
-response token's own position predicts nothing that counts. "(tokens,)" counts the response tokens, row after row: the
-order of `response_ids[response_mask]`.
+response token's own position predicts nothing that counts. "(tokens,)" counts the response tokens that the policy
+sampled, not those that an environment gave, row after row: the order of `response_ids[response_mask]`.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from trainers.packing import pack_if_possible, packs, response_hidden_states
 
 
 class PolicyOutput(NamedTuple):
-    """What a forward pass gives for the response tokens of its rows; (tokens,) tensors, float32 or wider.
+    """What a forward pass gives for the sampled tokens of its rows; (tokens,) tensors, float32 or wider.
 
     Attributes:
         logprobs: of each response token, natural log, at the sampling temperature; None if not asked for.

@@ -72,6 +72,8 @@ FREE_MEANS = (
     "rollout.shutdown_timeout_s",
     "reward.workers",
     "reward.timeout_s",
+    "environment.workers",
+    "environment.timeout_s",
     "ALGORITHM.micro_batch_tokens",
 )
 """May differ, as the number of ranks may: memory and speed; of the results, only the rounding."""

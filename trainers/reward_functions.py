@@ -32,12 +32,15 @@ class Sample:
     Attributes:
         prompt: the user's message, without the chat template.
         finished: True where the response ended by itself, False where a limit cut it.
-        tokens: of the response, the stop token included.
+        tokens: of the response, the stop token included; those that the policy sampled.
+        turns: of a rollout with an environment: the policy's texts and the environment's by turns, the policy's last,
+            which is also what the function takes as the response. () without an environment.
     """
 
     prompt: str
     finished: bool
     tokens: int
+    turns: tuple[str, ...] = ()
 
 
 RewardFunction = Callable[[str, str, Sample], float]
@@ -61,8 +64,11 @@ class Failed:
     reason: str
 
 
-def load_functions(paths: Sequence[str]) -> dict[str, RewardFunction]:
+def load_functions(paths: Sequence[str], key: str = "reward.functions") -> dict[str, Callable[..., Any]]:
     """Each function by its path, in order; the modules and files that they are in are run.
+
+    Args:
+        key: of the config that names them, for the messages.
 
     Raises:
         ConfigError: if a module or file cannot be imported, or has no such function.
@@ -71,7 +77,7 @@ def load_functions(paths: Sequence[str]) -> dict[str, RewardFunction]:
     >>> functions["exact_number"]("It is 7.", "7", Sample("3+4?", finished=True, tokens=4))
     1.0
     """
-    return {path: _built_in(path) if path in BUILT_IN_REWARDS else _load(path) for path in paths}
+    return {path: _built_in(path) if path in BUILT_IN_REWARDS else _load(path, key) for path in paths}
 
 
 def judge(functions: dict[str, RewardFunction], task: Task) -> list[float] | Failed:
@@ -95,20 +101,20 @@ def _built_in(name: str) -> RewardFunction:
     return lambda response, answer, _: function(response, answer)
 
 
-def _load(path: str) -> RewardFunction:
+def _load(path: str, key: str) -> Callable[..., Any]:
     where, _, name = path.rpartition(":")
     try:
         module = _load_file(Path(where).expanduser()) if where.endswith(".py") else _load_module(where)
     except Exception as error:  # whatever the user's own code raises
         raise ConfigError(
-            f"reward.functions has {path!r}, but {where} cannot be imported (seen from {Path.cwd()}): "
+            f"{key} has {path!r}, but {where} cannot be imported (seen from {Path.cwd()}): "
             f"{type(error).__name__}: {error}"
         ) from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         there = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise ConfigError(
-            f"reward.functions has {path!r}, but {where} has no function {name}"
+            f"{key} has {path!r}, but {where} has no function {name}"
             + (f"; it has {', '.join(there)}" if there else "")
         )
     return function

@@ -1,4 +1,5 @@
-"""Processes that score responses: bounded in time, replaced when they hang or die, gone when their rank is gone.
+"""Processes that score responses, or answer for an environment: bounded in time, replaced when they hang or die, gone
+when their rank is gone.
 
 Spawned, not forked: a fork would take over the engine's threads' locks and CUDA's state, and could use neither.
 """
@@ -11,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from rollout import record_span
 from trainers.errors import ConfigError
-from trainers.reward_functions import Failed, Task
+from trainers.reward_functions import Failed, judge
 from trainers.reward_worker import serve
 
 START_TIMEOUT_S = 120.0  # to import what the functions need, on a busy machine
@@ -54,6 +56,8 @@ class RewardPool:
         workers: how many processes.
         timeout_s: of one response.
         beat: called as responses are done, as a sign of life.
+        judge: of the functions and a task, in a worker: a function at the top level of a module that loads fast.
+        key: of the config that names the functions.
 
     Raises:
         ConfigError: if the functions cannot be loaded.
@@ -61,15 +65,22 @@ class RewardPool:
     """
 
     def __init__(
-        self, paths: Sequence[str], workers: int, timeout_s: float, beat: Callable[[], None] = lambda: None
+        self,
+        paths: Sequence[str],
+        workers: int,
+        timeout_s: float,
+        beat: Callable[[], None] = lambda: None,
+        judge: Callable[[dict[str, Any], Any], Any] = judge,
+        key: str = "reward.functions",
     ) -> None:
         self._paths = list(paths)
+        self._judge, self._key = judge, key
         self._timeout_s = timeout_s
         self._beat = beat
         self._context = multiprocessing.get_context("spawn")
-        self._tasks: list[Task] = []
+        self._tasks: list[Any] = []
         self._waiting: deque[int] = deque()
-        self._verdicts: dict[int, list[float] | Failed] = {}
+        self._verdicts: dict[int, Any] = {}
         self._workers: list[Worker] = []
         try:
             self._workers = [self._start() for _ in range(workers)]
@@ -79,8 +90,8 @@ class RewardPool:
             self.close()
             raise
 
-    def judge(self, tasks: Sequence[Task]) -> list[list[float] | Failed]:
-        """A verdict for each task, in the order of the tasks, whichever worker was done first.
+    def judge(self, tasks: Sequence[Any]) -> list[Any]:
+        """`judge`'s verdict of each task, or a `Failed`, in the order of the tasks, whichever worker was done first.
 
         Each takes at most timeout_s. A worker that takes longer, or ends, is replaced, and its task has failed.
         """
@@ -88,7 +99,7 @@ class RewardPool:
             self.submit(task)
         return self.collect()
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Any) -> None:
         """Have a worker judge it as soon as one is free and this process looks (`poll`, `collect`)."""
         self._waiting.append(len(self._tasks))
         self._tasks.append(task)
@@ -126,7 +137,10 @@ class RewardPool:
     def _start(self) -> Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=serve, args=(self._paths, os.getpid(), theirs), name="reward-worker", daemon=True
+            target=serve,
+            args=(self._paths, self._key, self._judge, os.getpid(), theirs),
+            name="reward-worker",
+            daemon=True,
         )
         process.start()
         theirs.close()  # so that its end is heard
@@ -183,7 +197,7 @@ class RewardPool:
     def _fail(self, place: int, what: str) -> None:
         worker = self._workers[place]
         if worker.task is None:
-            raise RuntimeError(f"a reward worker {what} before it had loaded {', '.join(self._paths)}")
+            raise RuntimeError(f"a worker of {self._key} {what} before it had loaded {', '.join(self._paths)}")
         self._verdicts[worker.task] = Failed(" or ".join(self._paths), f"the worker {what}")
         self._replace(place)
 

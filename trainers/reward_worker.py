@@ -1,22 +1,31 @@
-"""A process that scores responses, one at a time, until its rank is gone. Loads neither torch nor vllm."""
+"""A process that scores responses, or answers for an environment, one at a time, until its rank is gone.
+
+Loads neither torch nor vllm.
+"""
 
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from trainers.errors import ConfigError
-from trainers.reward_functions import judge, load_functions
+from trainers.reward_functions import load_functions
 
 PR_SET_PDEATHSIG = 1
 
 
-def serve(paths: list[str], rank_pid: int, connection: Connection) -> None:
-    """Load the functions, say None (or what is wrong), then answer each `Task` that comes with `judge`'s verdict.
+def serve(
+    paths: list[str], key: str, judge: Callable[[dict[str, Any], Any], Any], rank_pid: int, connection: Connection
+) -> None:
+    """Load the functions, say None (or what is wrong), then answer each task that comes with `judge`'s verdict.
 
     Args:
         paths: of the functions.
+        key: of the config that names them.
+        judge: of the functions by their paths, and a task; itself found by its name, here and in the rank.
         rank_pid: of the process that started this one; when it ends, by whatever, this one is killed.
         connection: to it.
     """
@@ -24,7 +33,7 @@ def serve(paths: list[str], rank_pid: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(rank_pid)
     try:
-        functions = load_functions(paths)
+        functions = load_functions(paths, key)
     except ConfigError as error:
         connection.send(str(error))
         return

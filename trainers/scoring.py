@@ -11,6 +11,7 @@ from rollout import OnStep, Rollout, RolloutBatch
 from trainers.across_ranks import sum_over_ranks
 from trainers.config import RewardConfig
 from trainers.data import Example
+from trainers.environment import Dialogue
 from trainers.reward_functions import Failed, RewardFunction, Sample, Task, judge, load_functions
 from trainers.reward_pool import RewardPool
 
@@ -66,15 +67,21 @@ class Scorer:
         config: which functions, and where they run.
         tokenizer: decodes the responses; special tokens are left out.
         beat: called as responses are scored, as a sign of life.
+        dialogue: reads responses of several turns; None where there are none.
 
     Raises:
         ConfigError: if a function cannot be loaded.
     """
 
     def __init__(
-        self, config: RewardConfig, tokenizer: "PreTrainedTokenizerBase", beat: Callable[[], None] = lambda: None
+        self,
+        config: RewardConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        beat: Callable[[], None] = lambda: None,
+        dialogue: Dialogue | None = None,
     ) -> None:
         self._config = config
+        self._dialogue = dialogue
         self._tokenizer = tokenizer
         self._beat = beat
         self._pool: RewardPool | None = None
@@ -99,7 +106,7 @@ class Scorer:
 
     def begin(self, examples: Sequence[Example]) -> "Scoring":
         """Of a phase that has yet to be generated; nothing else is scored until it is finished."""
-        return Scoring(self._config, self._tokenizer, examples, self._pool, self._judge_here)
+        return Scoring(self._config, self._texts, examples, self._pool, self._judge_here)
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
@@ -117,6 +124,13 @@ class Scorer:
         self._beat()
         return verdict
 
+    def _texts(self, rollout: Rollout) -> tuple[str, ...]:
+        """The response by turns; a single one where there is no environment."""
+        if rollout.generated is not None:
+            assert self._dialogue is not None
+            return self._dialogue.texts(rollout)
+        return (str(self._tokenizer.decode(rollout.response_ids, skip_special_tokens=True)),)
+
 
 class Scoring:
     """The scores of one phase of generation: with workers begun while it lasts, without them when it has ended.
@@ -131,12 +145,12 @@ class Scoring:
     def __init__(
         self,
         config: RewardConfig,
-        tokenizer: "PreTrainedTokenizerBase",
+        texts: Callable[[Rollout], tuple[str, ...]],
         examples: Sequence[Example],
         pool: RewardPool | None,
         judge_here: Callable[[Task], list[float] | Failed],
     ) -> None:
-        self._config, self._tokenizer, self._examples = config, tokenizer, examples
+        self._config, self._texts, self._examples = config, texts, examples
         self._pool, self._judge_here = pool, judge_here
         self._tasks: dict[int, Task] = {}
         self._judged = 0
@@ -176,10 +190,11 @@ class Scoring:
         for row, rollout in ended:
             finished = rollout.finish_reason == "stop"
             if finished or not self._config.require_finish:
-                (text,) = self._tokenizer.batch_decode([rollout.response_ids.tolist()], skip_special_tokens=True)
+                turns = self._texts(rollout)
                 example = self._examples[rollout.prompt_index]
-                sample = Sample(example.text, finished, len(rollout.response_ids))
-                self._tasks[row] = Task(text, example.answer, sample)
+                spoken = turns if rollout.generated is not None else ()
+                sample = Sample(example.text, finished, rollout.num_generated, spoken)
+                self._tasks[row] = Task(turns[-1], example.answer, sample)
                 if self._pool is not None:
                     self._pool.submit(self._tasks[row])
 

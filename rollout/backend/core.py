@@ -11,6 +11,7 @@ import numpy as np
 import vllm.distributed.parallel_state as parallel_state
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
@@ -18,6 +19,8 @@ from rollout.backend.executor import TorchrunExecutor
 from rollout.backend.groups import GroupAdmission
 from rollout.backend.scheduler import SteadyAsyncScheduler, SteadyScheduler
 from rollout.config import RolloutConfig, SamplingConfig
+from rollout.sampling import step_seeds
+from rollout.types import Asked
 
 GIB = 1024**3
 # On the CPU vLLM would take a share of all memory; the trainer needs it. 1 GiB holds 45,000 tokens of a 135M model.
@@ -134,24 +137,32 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
 
 
 def make_requests(
-    core: Core, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: Sequence[int]
+    core: Core, asked: Sequence[Asked], sampling: SamplingConfig, streams: Sequence[int]
 ) -> list[Request]:
-    """One request a sequence: sample j of prompt i is request number i * n + j, and its id is that number.
+    """One request a sequence: the samples of the first prompt, then of the second; its id is its number.
 
-    Every sequence has a random stream of its own, drawn from `seed` and its number: the same random numbers whatever
-    else is in the batch, in whatever order it is scheduled, on every rank. The same tokens, too, where the logits do
-    not depend on the batch; on CUDA other batch sizes take other kernels, whose roundings differ.
+    Every sequence has a random stream of its own: the same random numbers whatever else is in the batch, in whatever
+    order it is scheduled, on every rank. The same tokens, too, where the logits do not depend on the batch; on CUDA
+    other batch sizes take other kernels, whose roundings differ.
+
+    On the CPU a draw is a function of stream and position, so that a sequence that goes on draws what it would have
+    drawn uncut. vLLM's CUDA sampler counts a request's draws from its first: there a sequence that goes on gets a
+    seed of stream and position, other draws than those of its start.
+
+    Args:
+        streams: (sequences,) from `rollout.sampling.request_streams`.
     """
     params = sampling_params(core, sampling)
-    # One word a sequence; a longer batch begins with the words of a shorter one.
-    num_sequences = len(prompts) * sampling.n
-    seeds = (np.random.SeedSequence(seed).generate_state(num_sequences, np.uint64) >> 1).tolist()
-    requests = []
-    for index, prompt in enumerate(prompts):
-        prompt_token_ids = prompt.tolist()
-        for number in range(index * sampling.n, (index + 1) * sampling.n):
+    counts_from_start = not current_platform.is_cpu()
+    requests: list[Request] = []
+    for of_prompt in asked:
+        prompt_token_ids = of_prompt.prompt_ids.tolist()
+        for _ in range(of_prompt.samples):
+            number = len(requests)
             own = copy(params)
-            own.seed = seeds[number]
+            own.max_tokens, own.seed = of_prompt.max_tokens, int(streams[number])
+            if counts_from_start and of_prompt.stream is not None:
+                own.seed = continued_seed(own.seed, len(prompt_token_ids))
             requests.append(
                 Request(
                     request_id=str(number),
@@ -163,6 +174,15 @@ def make_requests(
                 )
             )
     return requests
+
+
+def continued_seed(stream: int, position: int) -> int:
+    """Of a request that goes on from `position`, where the sampler counts its draws from the request's start.
+
+    >>> continued_seed(1, 5) != continued_seed(1, 6)
+    True
+    """
+    return int(step_seeds(np.array([stream], np.uint64), np.array([position]))[0])
 
 
 def sampling_params(core: Core, sampling: SamplingConfig) -> SamplingParams:

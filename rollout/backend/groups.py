@@ -57,21 +57,23 @@ class GroupAdmission:
             self._stock_lookup = self._manager.get_computed_blocks
             self._manager.get_computed_blocks = self._computed_blocks
 
-    def admit(self, requests: Sequence[Request], n: int) -> None:
+    def admit(self, requests: Sequence[Request], sizes: Sequence[int]) -> None:
         """Hand the requests to the scheduler, now or once their leader is prefilled.
 
         Args:
             requests: a whole phase's; samples of one prompt stand together.
-            n: samples a prompt.
+            sizes: samples of each prompt, in order.
         """
-        if n == 1 or not self._can_share:
-            for request in requests:
-                self._scheduler.add_request(request)
-            return
-        for start in range(0, len(requests), n):
-            leader, *siblings = requests[start : start + n]
-            self._leading.append(Group(leader, siblings, len(siblings)))
+        start = 0
+        for size in sizes:
+            leader, *siblings = requests[start : start + size]
+            start += size
             self._scheduler.add_request(leader)
+            if siblings and self._can_share:
+                self._leading.append(Group(leader, siblings, len(siblings)))
+                continue
+            for sibling in siblings:
+                self._scheduler.add_request(sibling)
 
     def after_schedule(self) -> None:
         """To be called after each step's scheduling, before its output is taken."""

@@ -34,6 +34,9 @@ PROMPTS = [2, 2, 3, 3, 5, 5, 5, 5]
 RESPONSES = [1, 2, 1, 3, 9, 7, 11, 5]
 SCORES = [1.0, 0.0, 0.5, -1.0, 2.0, 0.0, 1.0, 3.0]
 GROUPS = [0, 0, 1, 1, 2, 2, 2, 2]  # responses to one prompt; no group is on two ranks
+# Where an environment spoke, in the cases with turns: by row, the first column of an observation and the one after it.
+OBSERVED = {3: [(1, 2)], 4: [(2, 5)], 5: [(3, 4)], 6: [(1, 3), (6, 9)]}
+ODD = 50.0  # stands where nothing may look: in padding and observations
 TEMPERATURE, MAX_TOKENS = 0.8, 12
 CRITIC_SEED = 5
 REDUCE_ONCE = ("ppo_critic", "dapo")  # of the cases in shards; the others reduce with each micro-batch
@@ -62,6 +65,15 @@ HYPERPARAMETERS = {
         mismatch="mask",
         mismatch_level="sequence",
         mismatch_bounds=(0.8, 1.2),
+    ),
+    "ppo_turns": PPOHyperparameters(**PPO, kl_estimator="k2"),
+    "grpo_turns": GRPOHyperparameters(
+        **COMMON,
+        loss_mean="sequence",
+        kl_estimator="k2",
+        mismatch="truncate",
+        mismatch_level="sequence",
+        mismatch_bounds=(0.5, 1.1),
     ),
 }
 
@@ -133,7 +145,16 @@ def move(policy: Policy) -> None:
             parameter.add_(noise)
 
 
-def rollouts(rows: slice) -> RolloutBatch:
+def sampled(case: str) -> list[list[bool]]:
+    """Of each row's response tokens, which ones the policy sampled."""
+    mask = [[True] * length for length in RESPONSES]
+    for row, spans in OBSERVED.items() if case.endswith("_turns") else ():
+        for start, end in spans:
+            mask[row][start:end] = [False] * (end - start)
+    return mask
+
+
+def rollouts(rows: slice, case: str = "") -> RolloutBatch:
     random = np.random.default_rng(0)
     distinct = {group: random.integers(1, 37, length, np.int32) for group, length in zip(GROUPS, PROMPTS, strict=True)}
     prompts = [distinct[group] for group in GROUPS][rows]
@@ -148,6 +169,7 @@ def rollouts(rows: slice) -> RolloutBatch:
         finished=np.ones(len(lengths), bool),
         prompt_index=np.array(GROUPS[rows], np.int32),
         version=0,
+        generated=np.concatenate(sampled(case)[rows]) if case.endswith("_turns") else None,
     )
 
 
@@ -158,11 +180,13 @@ def disagreement() -> torch.Tensor:
 
 def passed_batch(case: str, policy: Policy, reference: Policy, rows: slice, device: torch.device) -> TrainBatch:
     hyper = HYPERPARAMETERS[case]
-    batch = make_batch(rollouts(rows), SCORES[rows], device)
+    batch = make_batch(rollouts(rows, case), SCORES[rows], device)
     all_of_it = no_grad_pass(batch, policy, reference, TEMPERATURE, hyper.micro_batch_tokens)
     noise = disagreement()[rows, : batch.response_mask.shape[1]]
-    engine_logprobs = torch.where(batch.response_mask, all_of_it.logprobs + noise, 0.0)
-    wanted = replace(all_of_it, engine_logprobs=engine_logprobs)
+    found = {"engine_logprobs": all_of_it.logprobs + noise, "logprobs": all_of_it.logprobs}
+    found |= {"ref_logprobs": all_of_it.ref_logprobs, "values": all_of_it.values}
+    odd = {name: torch.where(batch.response_mask, x, ODD) for name, x in found.items() if x is not None}
+    wanted = replace(all_of_it, **odd)
     return wanted if hyper.needs_old_logprobs else replace(wanted, logprobs=None)
 
 

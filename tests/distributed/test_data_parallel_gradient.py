@@ -1,7 +1,8 @@
 """Two ranks with half of the batch each, in uneven micro-batches, give the gradient of one whole batch; also in shards.
 
 What they must give is worked out here once more, from the full logits and in plain loops: one row at a time, one mean
-at the end, none of the functions of trainers/ but the value head's module.
+at the end, none of the functions of trainers/ but the value head's module. Where an environment spoke in between, its
+tokens are context and nothing else: what is worked out here never sees a number of theirs.
 """
 
 from pathlib import Path
@@ -24,23 +25,23 @@ def rows_of_whole_batch() -> list[tuple[list[int], int]]:
     return [([*row.prompt_ids.tolist(), *row.response_ids.tolist()], len(row.prompt_ids)) for row in batch]
 
 
-def by_full_logits(language_model, value_head=None, critic=None) -> tuple[list[torch.Tensor], ...]:
-    """Log-probs, entropies and values of each row's response tokens, each row alone."""
+def by_full_logits(case, language_model, value_head=None, critic=None) -> tuple[list[torch.Tensor], ...]:
+    """Log-probs, entropies and values of each row's sampled tokens, each row alone."""
     logprobs, entropies, values = [], [], []
-    for tokens, prompt in rows_of_whole_batch():
-        ids = torch.tensor(tokens)
+    for (tokens, prompt), mask in zip(rows_of_whole_batch(), worker.sampled(case), strict=True):
+        ids, mask = torch.tensor(tokens), torch.tensor(mask)
         output = language_model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
         log_p = torch.log_softmax(output.logits[0, prompt - 1 : -1] / worker.TEMPERATURE, dim=-1)
-        logprobs.append(log_p.gather(1, ids[prompt:, None])[:, 0])
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
+        logprobs.append(log_p.gather(1, ids[prompt:, None])[mask, 0])
+        entropies.append(-(log_p.exp() * log_p).sum(-1)[mask])
         if value_head is not None:
             hidden = critic(input_ids=ids[None])[0] if critic is not None else output.hidden_states[-1]
-            values.append(value_head(hidden[0, prompt - 1 : -1])[:, 0])
+            values.append(value_head(hidden[0, prompt - 1 : -1])[mask, 0])
     return logprobs, entropies, values
 
 
-def of_policy(policy) -> tuple[list[torch.Tensor], ...]:
-    return by_full_logits(policy.language_model, policy.value_head, policy.critic)
+def of_policy(case, policy) -> tuple[list[torch.Tensor], ...]:
+    return by_full_logits(case, policy.language_model, policy.value_head, policy.critic)
 
 
 def token_rewards(hyper, sampled, ref_logprobs) -> list[list[float]]:
@@ -109,9 +110,9 @@ def engine_weights(hyper, old: list[torch.Tensor], engine: list[torch.Tensor]) -
     return ratio * ~outside, outside
 
 
-def mean_over(hyper, x: torch.Tensor) -> torch.Tensor:
+def mean_over(case: str, x: torch.Tensor) -> torch.Tensor:
     """Of the tokens of the whole batch, as the config asks for it."""
-    lengths = worker.RESPONSES
+    hyper, lengths = worker.HYPERPARAMETERS[case], [sum(mask) for mask in worker.sampled(case)]
     if hyper.loss_mean == "token":
         return x.sum() / sum(lengths)
     if hyper.loss_mean == "sequence":
@@ -122,13 +123,14 @@ def mean_over(hyper, x: torch.Tensor) -> torch.Tensor:
 def one_big_batch(case: str) -> dict:
     hyper, policy = worker.HYPERPARAMETERS[case], worker.old_policy(case)
     with torch.no_grad():
-        old, _, old_values = of_policy(policy)
+        old, _, old_values = of_policy(case, policy)
         # Of a policy with adapters: the model that it was before they were put in.
-        reference, _, _ = by_full_logits(worker.tiny_llama(seed=0 if case == "ppo_lora" else 1))
-    engine = [logprobs + worker.disagreement()[row, : len(logprobs)] for row, logprobs in enumerate(old)]
+        reference, _, _ = by_full_logits(case, worker.tiny_llama(seed=0 if case == "ppo_lora" else 1))
+    noise = [worker.disagreement()[row, : len(mask)][mask] for row, mask in enumerate(worker.sampled(case))]
+    engine = [logprobs + of_row for logprobs, of_row in zip(old, noise, strict=True)]
     advantages, returns = expected_targets(hyper, token_rewards(hyper, old, reference), old_values)
     worker.move(policy)
-    logprobs, entropies, values = (torch.cat(x) if x else None for x in of_policy(policy))
+    logprobs, entropies, values = (torch.cat(x) if x else None for x in of_policy(case, policy))
 
     ratio = (logprobs - torch.cat(engine if hyper.old_logprobs == "engine" else old)).exp()
     bounded = ratio.clamp(1 - hyper.clip_range, 1 + (hyper.clip_range_high or hyper.clip_range))
@@ -147,11 +149,11 @@ def one_big_batch(case: str) -> dict:
         weights, cut = engine_weights(hyper, old, engine)
         gain = gain * weights
         stats |= {"mismatch_weight": weights.mean(), "mismatch_cut": cut.double().mean()}
-    policy_loss = -mean_over(hyper, gain)
+    policy_loss = -mean_over(case, gain)
     loss = policy_loss - hyper.entropy_coef * entropies.mean()
     if hyper.kl_in == "loss":
         estimate = ESTIMATE[hyper.kl_estimator](torch.cat(reference) - logprobs)
-        loss = loss + hyper.kl_coef * mean_over(hyper, estimate)
+        loss = loss + hyper.kl_coef * mean_over(case, estimate)
         stats["kl_ref"] = estimate.detach().mean()
     if values is not None:
         before = torch.cat(old_values)

@@ -45,7 +45,7 @@ class Job:
         tokens: dict[str, list[int]] = {spec.request_id: [] for spec in specs}
         ended: set[str] = set()
         prompts = {spec.request_id: len(spec.prompt) for spec in specs}
-        self.groups.admit([make_request(spec, self.setup) for spec in specs], len(groups[0]))
+        self.groups.admit([make_request(spec, self.setup) for spec in specs], [len(group) for group in groups])
         depth = 2 if self.setup.asynchronous else 1
         for _ in range(STEPS):
             scheduler = self.side.scheduler

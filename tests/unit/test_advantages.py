@@ -108,9 +108,25 @@ def test_what_stands_in_the_padding_does_not_matter():
     assert not penalised.isnan().any() and not penalised[~mask].any()
 
 
-def test_a_mask_with_a_hole_is_our_own_mistake():
-    with pytest.raises(AssertionError, match="right-padded"):
-        gae(tensor([0.0, 0.0]), tensor([0.0, 0.0]), torch.tensor([[False, True]]), 1.0, 1.0)
+def test_observations_are_no_steps():
+    """What stands around them is what would stand there without them, whatever they hold."""
+    mask = torch.tensor([[True, False, False, True, True, False], [True, True, False, False, True, False]])
+    rewards, values, logprobs, reference = torch.randn(4, 2, 6, dtype=torch.float64).masked_fill(~mask, 50.0)
+    scores = torch.tensor([1.0, 2.0])
+
+    def compact(x: torch.Tensor) -> torch.Tensor:
+        return x[mask].view(2, 3)
+
+    whole = torch.ones(2, 3, dtype=torch.bool)
+    found = gae(rewards, values, mask, 0.9, 0.7)
+    for dense, expected in zip(found, gae(compact(rewards), compact(values), whole, 0.9, 0.7), strict=True):
+        torch.testing.assert_close(compact(dense), expected, **EXACT)
+        assert not dense[~mask].any()
+    dense = token_rewards(scores, logprobs, reference, mask, 0.1)
+    torch.testing.assert_close(
+        compact(dense), token_rewards(scores, compact(logprobs), compact(reference), whole, 0.1), **EXACT
+    )
+    assert not dense[~mask].any()
 
 
 def test_whiten_by_hand():

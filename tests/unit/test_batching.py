@@ -1,5 +1,7 @@
 """Padding, cutting and ordering of a batch: every token goes where it belongs, and every row is used once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,19 @@ def test_make_batch_by_hand():
     assert batch.targets.tolist() == [200, 201, 202, 203, 204, 205]
     assert batch.lengths.tolist() == [3, 4, 5] and batch.scores.tolist() == [0, 1, 2]
     assert batch.input_ids.dtype == torch.int64 and batch.scores.dtype == torch.float32
+
+
+def test_an_environments_tokens_are_in_the_row_and_not_in_the_mask():
+    generated = np.array([True, False, False, True, True, False, True])
+    batch = make_batch(replace(rollouts([2, 1], [4, 3]), generated=generated), [0.0, 1.0], "cpu")
+    assert batch.input_ids.tolist() == [[100, 101, 200, 201, 202, 203], [102, 204, 205, 206, 0, 0]]
+    assert batch.response_mask.int().tolist() == [[1, 0, 0, 1], [1, 0, 1, 0]]
+    assert batch.response_lengths.tolist() == [4, 3] and batch.lengths.tolist() == [6, 4]
+    assert batch.engine_logprobs.tolist() == [[-1, 0, 0, -4], [-5, 0, -7, 0]]
+    assert batch.targets.tolist() == [200, 203, 204, 206]
+    assert batch.predicts_response.int().tolist() == [[0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0]]
+    part = batch.select(torch.tensor([1]))
+    assert part.response_mask.int().tolist() == [[1, 0, 1]] and part.response_ids.tolist() == [[204, 205, 206]]
 
 
 def test_select_takes_all_tensors_along_and_trims_the_padding():

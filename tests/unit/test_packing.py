@@ -1,6 +1,7 @@
 """Packed rows against padded ones: the same hidden states and gradients, the budget kept, odd models left alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,15 +72,21 @@ ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=ROWS, small_masks=st.booleans())
-def test_packed_rows_have_the_hidden_states_of_padded_ones(llama, rows, small_masks: bool):
+@given(rows=ROWS, small_masks=st.booleans(), turns=st.booleans())
+def test_packed_rows_have_the_hidden_states_of_padded_ones(llama, rows, small_masks: bool, turns: bool):
     batch = batch_of(rows)
+    if turns:  # all but each row's last token may be an environment's
+        columns = torch.arange(batch.response_mask.shape[1])
+        last = columns == batch.response_lengths[:, None] - 1
+        given = torch.rand(last.shape, generator=torch.Generator().manual_seed(len(rows))) < 0.4
+        batch = replace(batch, response_mask=batch.response_mask & (last | ~given))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "MASK_ELEMENTS", 40 if small_masks else 2**26)
         packed = response_hidden_states(llama, batch)
     llama.set_attn_implementation("sdpa")
     padded = padded_hidden_states(llama.base_model, batch)
     llama.set_attn_implementation(packing.IMPLEMENTATION)
+    assert len(packed) == batch.response_mask.sum()
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
 
 

@@ -91,7 +91,8 @@ def loops_of(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
         if isinstance(node, ast.comprehension) and is_name(node.target):
             yield node.target.id, node.iter
         if isinstance(node, ast.For) and isinstance(node.target, ast.Tuple) and isinstance(node.iter, ast.Call):
-            if is_name(first := node.target.elts[0]):
+            first = node.target.elts[0]
+            if is_name(first):
                 yield first.id, getattr(node.iter.func, "value", node.iter)
 
 
