@@ -203,8 +203,10 @@ def stand_in(device: torch.device | str) -> TrainBatch:
         engine_logprobs=zero,
         scores=zero[0],
         groups=one,
+        values=zero,
         ref_logprobs=zero,
         advantages=zero,
+        returns=zero,
     )
     found = {f.name: value.to(device) for f in fields(row) if (value := getattr(row, f.name)) is not None}
     return TrainBatch(**found)

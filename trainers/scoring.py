@@ -38,9 +38,11 @@ class Scores:
     failed: np.ndarray
 
     def metrics(self) -> dict[str, float]:
-        """reward/failed and each reward/NAME_mean, over all responses of all ranks: a collective."""
+        """reward/failed and each reward/NAME_mean, over all responses of all ranks: a collective; none without."""
         columns = [np.ones(len(self.total)), self.failed, *self.parts.values()]
         count, failed, *sums = sum_over_ranks(torch.tensor([float(column.sum()) for column in columns])).tolist()
+        if not count:
+            return {}
         means = {f"reward/{name}_mean": total / count for name, total in zip(self.parts, sums, strict=True)}
         return {"reward/failed": failed} | means
 

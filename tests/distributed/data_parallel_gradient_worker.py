@@ -61,7 +61,12 @@ HYPERPARAMETERS = {
     ),
     "ppo_turns": PPOHyperparameters(**PPO, kl_estimator="k2"),
     "grpo_turns": GRPOHyperparameters(
-        **COMMON, loss_mean="sequence", mismatch="truncate", mismatch_level="sequence", mismatch_bounds=(0.5, 1.1)
+        **COMMON,
+        loss_mean="sequence",
+        kl_estimator="k2",
+        mismatch="truncate",
+        mismatch_level="sequence",
+        mismatch_bounds=(0.5, 1.1),
     ),
 }
 

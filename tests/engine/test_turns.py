@@ -31,12 +31,23 @@ def test_there_is_something_to_see(ranks: list[dict]) -> None:
     assert all(rank["asynchronous"]["unsampled_logprobs"] == 0 for rank in ranks)
 
 
-@pytest.mark.parametrize("other", ["by_hand", "backwards", "synchronous", "uncached"])
+@pytest.mark.parametrize("other", ["by_hand", "backwards", "plain"])
 def test_the_tokens_are_those_of_a_loop_by_hand_in_any_order_on_any_rank(ranks: list[dict], other: str) -> None:
     for rank in ranks:
         for name in WHAT:
             assert rank[other][name] == ranks[0]["asynchronous"][name]
     assert ranks[0]["asynchronous"]["share"] != ranks[1]["asynchronous"]["share"]
+
+
+def test_rows_that_are_cut_and_carried_say_what_they_would_have_said(ranks: list[dict]) -> None:
+    whole = ranks[0]["asynchronous"]
+    for rank in ranks:
+        parts = rank["in_parts"]
+        assert parts["phases"] >= worker.SAMPLING.max_tokens // worker.PART
+        for name in WHAT:
+            assert parts[name] == whole[name]
+        for found, expected in zip(parts["logprobs"], whole["logprobs"], strict=True):
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_draw_comes_twice(ranks: list[dict]) -> None:
@@ -60,5 +71,5 @@ def test_the_cache_has_the_whole_blocks_of_earlier_turns(ranks: list[dict]) -> N
     """Of a context of n tokens that was in the cache, less than a block and what the environment said are computed."""
     for contexts, computed in ranks[0]["asynchronous"]["computed"][1:]:
         assert computed < contexts / 2
-    for contexts, computed in ranks[0]["uncached"]["computed"][1:]:
+    for contexts, computed in ranks[0]["plain"]["computed"][1:]:
         assert computed >= contexts * 0.9
