@@ -16,13 +16,24 @@ if TYPE_CHECKING:
     from rollout.spans import Recording, record_span, recorded, span
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, recording_events, write_events, write_trace
-    from rollout.turns import CUT, Cut, Observation, Observe, generate_turns, one_by_one
+    from rollout.turns import (
+        CUT,
+        Cut,
+        Draft,
+        Observation,
+        Observe,
+        advance_drafts,
+        generate_turns,
+        join_drafts,
+        one_by_one,
+    )
     from rollout.weights import StaleWeights, SyncReport, merged_state
     from rollout.world import World, init_world
 
 __all__ = [
     "CUT",
     "Cut",
+    "Draft",
     "Observation",
     "Observe",
     "OnStep",
@@ -38,9 +49,11 @@ __all__ = [
     "SyncReport",
     "Watch",
     "World",
+    "advance_drafts",
     "beat",
     "generate_turns",
     "init_world",
+    "join_drafts",
     "merge_groups",
     "merge_traces",
     "merged_state",
@@ -59,6 +72,7 @@ __all__ = [
 _LAZY = {
     "CUT": "rollout.turns",
     "Cut": "rollout.turns",
+    "Draft": "rollout.turns",
     "Observation": "rollout.turns",
     "Observe": "rollout.turns",
     "RanksDisagree": "rollout.agreement",
@@ -68,9 +82,11 @@ _LAZY = {
     "SyncReport": "rollout.weights",
     "Watch": "rollout.failure",
     "World": "rollout.world",
+    "advance_drafts": "rollout.turns",
     "beat": "rollout.failure",
     "generate_turns": "rollout.turns",
     "init_world": "rollout.world",
+    "join_drafts": "rollout.turns",
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
     "merged_state": "rollout.weights",

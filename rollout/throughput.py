@@ -309,14 +309,16 @@ def merge_groups(groups: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def merge_rounds(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     """The metrics of a phase that was made of several calls of `generate` over the same rows: amounts add up, the cache
-    was as full as at its fullest, the rest is the first call's.
+    was as full as at its fullest, the rest is the first call's. What is said of whole responses is left to
+    `turn_metrics`: a call saw parts of them.
 
     >>> first = {"rollout/generated_tokens": 100, "rollout/seconds": 1.0, "rollout/sequences": 8}
     >>> merged = merge_rounds([first, first | {"rollout/seconds": 3.0, "rollout/sequences": 5}])
     >>> merged["rollout/sequences"], merged["rollout/generated_tokens_per_s"]
     (8, 50.0)
     """
-    merged = dict(rounds[0])
+    of_responses = ("rollout/response_tokens_", "rollout/truncated_fraction")
+    merged = {name: value for name, value in rounds[0].items() if not name.startswith(of_responses)}
     for name in ("rollout/generated_tokens", "rollout/seconds", "rollout/decode_steps", "rollout/preemptions"):
         if name in merged:
             merged[name] = sum(of_round[name] for of_round in rounds)
@@ -329,7 +331,7 @@ def merge_rounds(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def turn_metrics(figures: np.ndarray) -> dict[str, float]:
-    """The rollout/* metrics of whole rollouts of several turns, in place of those of single calls.
+    """The rollout/* metrics of whole rollouts of several turns; none where no rollout has ended.
 
     Args:
         figures: (rows of the group, 4) int: tokens generated, tokens observed, turns, 1 if it finished else 0.
@@ -338,7 +340,7 @@ def turn_metrics(figures: np.ndarray) -> dict[str, float]:
     1.5
     """
     if not len(figures):
-        return {"rollout/observation_tokens": 0}
+        return {}
     generated, observed, turns, finished = figures.T
     return {
         "rollout/observation_tokens": int(observed.sum()),

@@ -13,9 +13,14 @@ tensor-parallel group make as many rounds: after each they tell each other wheth
 hold is a matter of counts, never of clocks. A row's context is computed again in each round, but for what the prefix
 cache has of it: all whole blocks, since nothing empties it within a phase (`rollout.enable_prefix_caching`).
 
-A row keeps its stream of random numbers from turn to turn. A token's draw is a function of stream and position in the
-whole sequence, observations counted, so that turn k draws other numbers than turn 1, and the tokens do not depend on
-which rows are in a round, on which rank, or in which order.
+A row may also be cut at the end of a phase and gone on with in a later one, with other weights (partial rollouts, as in
+Kimi k1.5, arXiv:2501.12599, sec. 2.6.2): give its `Draft` an allowance of tokens, and hand it to `advance_drafts` again
+when the engine has its new weights. Each token keeps the log-prob and the version of the weights that sampled it.
+
+A row keeps its stream of random numbers from turn to turn, and from phase to phase. A token's draw is a function of
+stream and position in the whole sequence, observations counted, so that turn k draws other numbers than turn 1, and the
+tokens do not depend on which rows are in a round, on which rank, or in which order; nor, while the weights stay, on
+where a row was cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,6 +65,8 @@ class Draft:
         response_ids: (response_tokens,) int32, so far.
         logprobs: (response_tokens,) float32; 0 where not generated.
         generated: (response_tokens,) bool.
+        versions: (response_tokens,) int32, of the weights that the engine had.
+        allowance: tokens that it may still sample in this phase; None: as many as it likes.
         turns: that the policy has ended by itself.
         finished: True where the rollout ended by itself.
         done: True where nothing is to come.
@@ -71,6 +78,8 @@ class Draft:
     response_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     generated: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    allowance: int | None = None
     turns: int = 0
     finished: bool = False
     done: bool = False
@@ -81,17 +90,28 @@ class Draft:
         return np.concatenate([self.prompt_ids, self.response_ids])
 
     @property
+    def length(self) -> int:
+        """Of prompt and response, in tokens."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
     def num_generated(self) -> int:
         """Tokens that the policy sampled."""
         return int(self.generated.sum())
 
-    def append(self, ids: np.ndarray, logprobs: np.ndarray | None = None) -> None:
+    @property
+    def goes_on(self) -> bool:
+        """True if there is more to come in this phase."""
+        return not self.done and self.allowance != 0
+
+    def append(self, ids: np.ndarray, version: int, logprobs: np.ndarray | None = None) -> None:
         """Take in a turn, or with no log-probs an observation."""
         self.response_ids = np.concatenate([self.response_ids, ids])
         self.logprobs = np.concatenate(
             [self.logprobs, np.zeros(len(ids), np.float32) if logprobs is None else logprobs]
         )
         self.generated = np.concatenate([self.generated, np.full(len(ids), logprobs is not None)])
+        self.versions = np.concatenate([self.versions, np.full(len(ids), version, np.int32)])
 
     def view(self, version: int) -> Rollout:
         """As the environment sees it."""
@@ -139,11 +159,11 @@ def generate_turns(
     for index, prompt in enumerate(prompts):
         ids = np.asarray(engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
         drafts += [Draft(ids, index) for _ in range(sampling.n)]
-    metrics = advance(engine, drafts, sampling, observe, max_turns, seed)
+    metrics = advance_drafts(engine, drafts, sampling, observe, max_turns, seed)
     return join_drafts(drafts, engine.version), metrics
 
 
-def advance(
+def advance_drafts(
     engine: "RolloutEngine",
     drafts: Sequence[Draft],
     sampling: SamplingConfig,
@@ -151,21 +171,22 @@ def advance(
     max_turns: int,
     seed: int | None,
 ) -> dict[str, float]:
-    """Bring this rank's rows to their ends, in place; all ranks of the group call it together.
+    """Bring this rank's rows to their ends, or to the end of their allowance, in place; all ranks of the group call it
+    together. Fresh rows of one prompt stand together and share its array.
 
     Returns:
-        The group's rollout/* metrics.
+        The group's rollout/* metrics: lengths and the like are of the rows that ended.
     """
     rounds: list[dict[str, float]] = []
-    waiting = list(drafts)
+    waiting = [draft for draft in drafts if draft.goes_on]
     while True:
         _next_turn(engine, waiting, sampling, seed)
         rounds.append(engine.metrics)
-        _answer(engine, [draft for draft in waiting if not draft.done], sampling, observe, max_turns)
-        waiting = [draft for draft in waiting if not draft.done]
+        _answer(engine, [draft for draft in waiting if draft.finished], sampling, observe, max_turns)
+        waiting = [draft for draft in waiting if draft.goes_on]
         if not any(engine.everyones(bool(waiting))):
             break
-    return merge_rounds(rounds) | turn_metrics(_figures(engine, drafts))
+    return merge_rounds(rounds) | turn_metrics(_figures(engine, [draft for draft in drafts if draft.done]))
 
 
 def join_drafts(drafts: Sequence[Draft], version: int) -> RolloutBatch:
@@ -174,6 +195,7 @@ def join_drafts(drafts: Sequence[Draft], version: int) -> RolloutBatch:
     def joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
+    versions = joined([draft.versions for draft in drafts], np.int32)
     return RolloutBatch(
         prompt_ids=joined([draft.prompt_ids for draft in drafts], np.int32),
         prompt_lengths=np.array([len(draft.prompt_ids) for draft in drafts], np.int32),
@@ -184,6 +206,7 @@ def join_drafts(drafts: Sequence[Draft], version: int) -> RolloutBatch:
         prompt_index=np.array([draft.prompt_index for draft in drafts], np.int32),
         version=version,
         generated=joined([draft.generated for draft in drafts], bool),
+        versions=versions if (versions != version).any() else None,
         streams=np.array([draft.stream for draft in drafts], np.int64),
     )
 
@@ -207,18 +230,25 @@ def _next_turn(engine: "RolloutEngine", drafts: Sequence[Draft], sampling: Sampl
     )
     assert batch.streams is not None
     for row, draft in enumerate(drafts):
-        turn = batch[row]
-        draft.append(turn.response_ids, turn.logprobs)
+        turn, left = batch[row], _left(draft, sampling, engine.max_model_len)
+        draft.append(turn.response_ids, engine.version, turn.logprobs)
         draft.stream = int(batch.streams[row])
         draft.finished = turn.finish_reason == "stop"
         draft.turns += draft.finished
-        draft.done = not draft.finished
+        if draft.allowance is not None:
+            draft.allowance -= len(turn.response_ids)
+        draft.done = not draft.finished and len(turn.response_ids) == left
+
+
+def _left(draft: Draft, sampling: SamplingConfig, max_model_len: int) -> int:
+    """Tokens that the row may still sample, in this phase or later ones."""
+    return min(sampling.max_tokens - draft.num_generated, max_model_len - draft.length)
 
 
 def _room(draft: Draft, sampling: SamplingConfig, max_model_len: int) -> int:
     """Tokens that the row's next turn may have; of a fresh row `generate` itself sees to the engine's limit."""
-    left = sampling.max_tokens - draft.num_generated
-    return left if draft.stream is None else min(left, max_model_len - len(draft.prompt_ids) - len(draft.response_ids))
+    left = sampling.max_tokens if draft.stream is None else _left(draft, sampling, max_model_len)
+    return left if draft.allowance is None else min(left, draft.allowance)
 
 
 def _answer(
@@ -240,11 +270,10 @@ def _answer(
         ids = np.asarray(observation, np.int32)
         if not len(ids):
             raise ValueError("the environment returned an empty observation; give text, or None where it is done")
-        room = _room(draft, sampling, engine.max_model_len - len(ids))
-        if room < 1:
-            draft.done, draft.finished = True, False
-        else:
-            draft.append(ids)
+        draft.finished = False
+        draft.done = _left(draft, sampling, engine.max_model_len - len(ids)) < 1
+        if not draft.done:
+            draft.append(ids, engine.version)
 
 
 def _figures(engine: "RolloutEngine", drafts: Sequence[Draft]) -> np.ndarray:

@@ -26,6 +26,8 @@ class Rollout:
         version: of the weights that made it; -1 before the first sync.
         generated: (response_tokens,) bool; True = sampled by the policy, False = given by an environment
             (rollout/turns.py). None: all were sampled.
+        versions: (response_tokens,) int32, of the weights that made each token, where the response was carried from
+            one phase to another; the last ones are `version`. None: all are.
     """
 
     prompt_ids: np.ndarray
@@ -35,6 +37,7 @@ class Rollout:
     prompt_index: int
     version: int
     generated: np.ndarray | None = None
+    versions: np.ndarray | None = None
 
     @property
     def num_generated(self) -> int:
@@ -66,6 +69,8 @@ class RolloutBatch:
             None: all were sampled.
         streams: (batch,) int64, the key of each row's random numbers, with which `RolloutEngine.generate` goes on
             with the row; None where nobody can.
+        versions: (sum of response_lengths,) int32, of the weights that made each token, where responses were carried
+            from one phase to another; `version` is then that of the last phase. None: all are `version`.
 
     >>> batch = RolloutBatch(
     ...     prompt_ids=np.array([5, 6, 7], np.int32), prompt_lengths=np.array([2, 1], np.int32),
@@ -86,6 +91,7 @@ class RolloutBatch:
     version: int
     generated: np.ndarray | None = None
     streams: np.ndarray | None = None
+    versions: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         # Row starts, once: indexing a row must not sum the lengths again.
@@ -117,6 +123,7 @@ class RolloutBatch:
             prompt_index=int(self.prompt_index[row]),
             version=self.version,
             generated=None if self.generated is None else self.generated[response],
+            versions=None if self.versions is None else self.versions[response],
         )
 
     def __iter__(self) -> Iterator[Rollout]:

@@ -77,13 +77,22 @@ def partition(costs: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(part) for part in found]
 
 
+def versions_of(rollout: Rollout) -> np.ndarray:
+    """(response_tokens,) int32: of the weights that made each token."""
+    if rollout.versions is not None:
+        return rollout.versions
+    return np.full(len(rollout.response_ids), rollout.version, np.int32)
+
+
 def join(groups: Sequence[Group]) -> tuple[RolloutBatch, np.ndarray]:
     """The groups as one batch, numbered from 0, and its scores; at least one group."""
     rows = [rollout for group in groups for rollout in group.rollouts]
-    generated = None
+    generated = versions = None
     if any(row.generated is not None for row in rows):
         masks = [np.ones(len(row.response_ids), bool) if row.generated is None else row.generated for row in rows]
         generated = np.concatenate(masks)
+    if any(row.versions is not None for row in rows):
+        versions = np.concatenate([versions_of(row) for row in rows])
     batch = RolloutBatch(
         prompt_ids=np.concatenate([row.prompt_ids for row in rows]),
         prompt_lengths=np.array([len(row.prompt_ids) for row in rows], np.int32),
@@ -94,5 +103,6 @@ def join(groups: Sequence[Group]) -> tuple[RolloutBatch, np.ndarray]:
         prompt_index=np.repeat(np.arange(len(groups), dtype=np.int32), [len(group.rollouts) for group in groups]),
         version=rows[0].version,
         generated=generated,
+        versions=versions,
     )
     return batch, np.concatenate([group.scores for group in groups])

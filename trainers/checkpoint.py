@@ -3,6 +3,7 @@
     RUN/checkpoints/step-000040/          after 40 steps
         checkpoint.json                   an `About`: step, prompts drawn, ranks, config, the files and their sizes
         random.json                       the random generators of every rank
+        carried.safetensors               responses that are carried to the next step, where there are any
         tensors/*.safetensors             what is trained of policy and critic, and the optimizer, by
                                           torch.distributed.checkpoint
 
@@ -40,6 +41,7 @@ from trainers.learner import Learner
 from trainers.random_state import derive_random_state, random_state, set_random_state
 
 FOLDER, ABOUT_FILE, RANDOM_FILE, TENSORS = "checkpoints", "checkpoint.json", "random.json", "tensors"
+CARRIED_FILE = "carried.safetensors"
 PART = ".part"
 FORMAT = 1
 FILE_BYTES = 2**30  # of one file of tensors: it is in memory as a whole while it is written
@@ -65,6 +67,7 @@ class About:
         scaler: of fp16's loss scaling; None without.
         updated: False if the optimizer has made no update yet, and has no state.
         files: of the tensors, with their sizes in bytes.
+        carried: bytes of CARRIED_FILE; 0 where nothing is carried.
     """
 
     step: int
@@ -77,15 +80,18 @@ class About:
     scaler: dict[str, Any] | None = None
     updated: bool = True
     files: dict[str, int] = field(default_factory=dict)
+    carried: int = 0
 
 
-def save(run_folder: Path, about: About, learner: Learner, keep: int, private: bool) -> Path:
+def save(run_folder: Path, about: About, learner: Learner, keep: int, private: bool, carried: bytes = b"") -> Path:
     """Write a checkpoint of this moment, then remove the oldest; all ranks call it together.
 
     Args:
-        about: as rank 0 has it; the other ranks' is not looked at. `files`, `scaler` and `updated` are filled in here.
+        about: as rank 0 has it; the other ranks' is not looked at. `files`, `scaler`, `updated` and `carried` are
+            filled in here.
         keep: whole checkpoints to have afterwards, this one included.
         private: True gives the folder mode 0700, else the umask decides.
+        carried: all ranks' responses in the making (`trainers.partial`), as rank 0 has them.
 
     Returns:
         The checkpoint's folder.
@@ -107,8 +113,9 @@ def save(run_folder: Path, about: About, learner: Learner, keep: int, private: b
             files=files,
             scaler=scaler.state_dict() if scaler is not None else None,
             updated=_has_state(learner.optimizer),
+            carried=len(carried),
         )
-        on_main(lambda: _finish(part, final, whole, {str(rank): state for rank, state in enumerate(randoms)}))
+        on_main(lambda: _finish(part, final, whole, {str(rank): state for rank, state in enumerate(randoms)}, carried))
         on_main(lambda: _keep_newest(run_folder, keep))
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(
@@ -220,6 +227,8 @@ def read_about(folder: Path) -> About:
             _require(re.fullmatch(r"[\w.-]+\.safetensors", name) is not None, f"{name!r} is no file of tensors")
             _require((folder / TENSORS / name).stat().st_size == size, f"{name} is cut short")
         _require((folder / RANDOM_FILE).is_file(), f"{RANDOM_FILE} is missing")
+        if about.carried:
+            _require((folder / CARRIED_FILE).stat().st_size == about.carried, f"{CARRIED_FILE} is cut short")
     except (TypeError, ValueError, OSError) as error:
         raise damaged(folder, error) from error
     return about
@@ -329,8 +338,13 @@ def _make_part(part: Path, private: bool) -> None:
     (part / TENSORS).mkdir()
 
 
-def _finish(part: Path, final: Path, about: About, randoms: dict[str, Any]) -> None:
+def _finish(part: Path, final: Path, about: About, randoms: dict[str, Any], carried: bytes) -> None:
     """Write the rest, have everything on the disk, and only then give it its name."""
+    if carried:
+        with (part / CARRIED_FILE).open("wb") as stream:
+            stream.write(carried)
+            stream.flush()
+            os.fsync(stream.fileno())
     write_synced(part / RANDOM_FILE, randoms)
     write_synced(part / ABOUT_FILE, {"format": FORMAT} | asdict(about))
     _sync_folder(part / TENSORS)
@@ -386,4 +400,5 @@ _TYPES: dict[str, Any] = {
     "scaler": dict | None,
     "updated": bool,
     "files": dict,
+    "carried": int,
 }

@@ -250,6 +250,37 @@ or null
 
 
 @dataclass(frozen=True)
+class PartialConfig:
+    """Long responses in parts, so that no step waits for the longest one (partial rollouts, as in Kimi k1.5, arXiv
+    2501.12599): a response that is not done in a step is carried to the next one, where the new policy goes on with it.
+
+    A prompt is trained on when all of its responses are done. Each token keeps the log-prob of the policy that sampled
+    it: with old_logprobs=engine the ratio starts from it; with old_logprobs=trainer it starts from the policy before
+    the update, and mismatch corrects for age and engine together.
+
+    Args:
+        tokens_per_step: that the policy may add to a response in a step; null carries none.
+        max_age: steps that a response may be carried; in the last one it runs to its end.
+
+    >>> PartialConfig(tokens_per_step=0)
+    Traceback (most recent call last):
+    ...
+    trainers.errors.ConfigError: partial.tokens_per_step is 0; it must be at least 1
+    """
+
+    tokens_per_step: int | None = None
+    max_age: int = 4
+
+    @property
+    def is_on(self) -> bool:
+        """True if responses are carried."""
+        return self.tokens_per_step is not None
+
+    def __post_init__(self) -> None:
+        check_least("partial", self, {"tokens_per_step": 1, "max_age": 1})
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Accuracy on prompts that are not trained on.
 
@@ -435,6 +466,7 @@ class Experiment:
         data: the prompts and their answers
         reward: how a response is scored
         environment: what answers the policy, where a response has several turns
+        partial: responses that a step does not wait for
         evaluation: accuracy on prompts that are not trained on
         optimizer: AdamW
         run: where the run is recorded
@@ -452,6 +484,7 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    partial: PartialConfig = field(default_factory=PartialConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -518,6 +551,10 @@ a prompt; raise rollout.max_model_len or lower sampling.max_tokens
     def algorithm(self) -> PPOHyperparameters:
         return self.ppo
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_partial(self)
+
 
 @dataclass(frozen=True)
 class GRPOConfig(Experiment):
@@ -542,6 +579,7 @@ prompt; set sampling.n=8, say
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_partial(self)
         if self.sampling.n < 2 and self.grpo.advantage != "reinforce_pp":
             raise ConfigError(
                 f"sampling.n is {self.sampling.n}, but grpo.advantage={self.grpo.advantage} compares a response with "
@@ -560,6 +598,30 @@ class EvaluateConfig(Experiment):
 
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     grpo: GRPOHyperparameters = field(default_factory=GRPOHyperparameters)
+
+
+def _check_partial(config: Experiment) -> None:
+    """What carried responses ask of the rest of the config."""
+    tokens, hyper = config.partial.tokens_per_step, config.algorithm
+    if tokens is None:
+        return
+    if tokens >= config.sampling.max_tokens:
+        raise ConfigError(
+            f"partial.tokens_per_step is {tokens} and sampling.max_tokens {config.sampling.max_tokens}, so that no "
+            "response would ever be carried; lower partial.tokens_per_step, or set it to null"
+        )
+    name = hyper.section
+    if hyper.old_logprobs == "trainer" and hyper.mismatch == "no":
+        raise ConfigError(
+            f"partial.tokens_per_step is {tokens}, {name}.old_logprobs is trainer and {name}.mismatch is no, which "
+            f"would take tokens of older policies for the present one's; set {name}.old_logprobs=engine or "
+            f"{name}.mismatch=truncate"
+        )
+    if hyper.max_rounds > 1:
+        raise ConfigError(
+            f"partial.tokens_per_step is {tokens} and {name}.oversample is {hyper.max_rounds - 1}: a step whose "
+            f"prompts are still being answered cannot tell how many more it needs; set {name}.oversample=0"
+        )
 
 
 def _check_finite(config: Any) -> None:

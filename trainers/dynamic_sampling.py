@@ -58,8 +58,8 @@ def count_groups(rounds: Sequence[Round]) -> int:
     return int(sum_over_ranks(torch.tensor(ours)).item())
 
 
-def kept_groups(rounds: Sequence[Round], wanted: int) -> tuple[list[Group], dict[str, float]]:
-    """The groups with signal of all ranks, at most `wanted`; a collective.
+def kept_groups(rounds: Sequence[Round], wanted: int | None) -> tuple[list[Group], dict[str, float]]:
+    """The groups with signal of all ranks, at most `wanted` (None: all of them); a collective.
 
     Groups of earlier rounds come first, within a round those of lower ranks.
 
@@ -70,7 +70,7 @@ def kept_groups(rounds: Sequence[Round], wanted: int) -> tuple[list[Group], dict
     generated = int(sum_over_ranks(torch.tensor(sum(len(each.examples) for each in rounds))).item())
     trained = kept[:wanted]
     return trained, {
-        "rollout/kept_groups_fraction": len(kept) / generated,
+        "rollout/kept_groups_fraction": len(kept) / max(generated, 1),
         "rollout/rounds": len(rounds),
         "rollout/trained_groups": len(trained),
     }

@@ -5,12 +5,24 @@ Without an environment the engine generates by itself, and nothing here costs an
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollout import CUT, Observation, OnStep, Rollout, RolloutBatch, RolloutEngine, SamplingConfig, generate_turns
+from rollout import (
+    CUT,
+    Draft,
+    Observation,
+    OnStep,
+    Rollout,
+    RolloutBatch,
+    RolloutEngine,
+    SamplingConfig,
+    advance_drafts,
+    join_drafts,
+)
 from trainers.config import EnvironmentConfig
 from trainers.conversation import EnvironmentFunction, Episode, answer_episode
 from trainers.data import Example
@@ -22,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEY = "environment.function"
+OF_TURNS = ("rollout/turns_mean", "rollout/observation_tokens")
+"""Say nothing where there is no environment."""
 POLICY, REPLY = "THE-POLICYS-TURN", "THE-ENVIRONMENTS-TURN"  # stand-ins: what the template puts around them
 
 
@@ -133,9 +147,35 @@ class Environment:
         Raises:
             EnvironmentFailed: if the environment failed and config.on_error is raise.
         """
-        prompts = [example.prompt_ids for example in examples]
         if self._config.function is None:
+            prompts = [example.prompt_ids for example in examples]
             return engine.generate(prompts, sampling, seed=seed, on_step=on_step), engine.metrics
+        drafts = drafts_of(examples, sampling.n)
+        metrics = self.advance(engine, drafts, examples, sampling, seed)
+        return self.joined(drafts, engine.version), metrics
+
+    def advance(
+        self,
+        engine: RolloutEngine,
+        drafts: Sequence[Draft],
+        examples: Sequence[Example],
+        sampling: SamplingConfig,
+        seed: int,
+    ) -> dict[str, float]:
+        """`rollout.advance_drafts` with the environment: rows come to their ends, or to those of their allowances.
+
+        Args:
+            drafts: whose `prompt_index` is into `examples`.
+
+        Returns:
+            The rollout/* metrics of the group.
+
+        Raises:
+            EnvironmentFailed: if the environment failed and config.on_error is raise.
+        """
+        if self._config.function is None:
+            metrics = advance_drafts(engine, drafts, sampling, _nobody, 1, seed)
+            return {name: value for name, value in metrics.items() if name not in OF_TURNS}
         spent = {"rollout/environment_seconds": 0.0, "rollout/environment_failed": 0.0}
 
         def observe(rollouts: Sequence[Rollout]) -> list[Observation]:
@@ -145,11 +185,16 @@ class Environment:
             spent["rollout/environment_failed"] += failed
             return observations
 
-        batch, metrics = generate_turns(engine, prompts, sampling, observe, self._config.max_turns, seed=seed)
+        metrics = advance_drafts(engine, drafts, sampling, observe, self._config.max_turns, seed)
         everyones = engine.everyones(spent)
         metrics["rollout/environment_seconds"] = max(each["rollout/environment_seconds"] for each in everyones)
         metrics["rollout/environment_failed"] = sum(each["rollout/environment_failed"] for each in everyones)
-        return batch, metrics
+        return metrics
+
+    def joined(self, drafts: Sequence[Draft], version: int) -> RolloutBatch:
+        """Rows that have ended as one batch; without an environment one of single turns."""
+        batch = join_drafts(drafts, version)
+        return batch if self._config.function is not None else replace(batch, generated=None)
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
@@ -190,6 +235,16 @@ class Environment:
             found.append(answer_episode(self._functions, episode))
             self._beat()
         return found
+
+
+def drafts_of(examples: Sequence[Example], n: int) -> list[Draft]:
+    """`n` fresh rows for each example, which share its prompt."""
+    prompts = [np.asarray(example.prompt_ids, np.int32) for example in examples]
+    return [Draft(prompt, index) for index, prompt in enumerate(prompts) for _ in range(n)]
+
+
+def _nobody(rollouts: Sequence[Rollout]) -> list[Observation]:
+    raise AssertionError("there is no environment to ask")
 
 
 def _around(tokenizer: Any, role: str) -> tuple[str, str]:

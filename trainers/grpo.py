@@ -27,8 +27,9 @@ def load(config: GRPOConfig) -> Policy:
 def targets(batch: TrainBatch, config: GRPOConfig) -> TrainBatch:
     """A response's advantage on each of its tokens; REINFORCE++'s are of what follows the token, and a collective."""
     grpo, mask = config.grpo, batch.response_mask
-    if not len(batch):
-        return batch.with_targets(torch.zeros_like(batch.engine_logprobs))
+    if not len(batch):  # the others still whiten with this rank
+        nothing = torch.zeros_like(batch.engine_logprobs)
+        return batch.with_targets(whiten(nothing, mask) if grpo.advantage == "reinforce_pp" else nothing)
     rewards = token_rewards(
         batch.scores, batch.sampled_logprobs, batch.ref_logprobs, mask, grpo.reward_kl_coef, grpo.kl_estimator
     )

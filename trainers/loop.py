@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from rollout import RolloutEngine, Watch, World, beat, init_world, span, watched
 from trainers.batching import TrainBatch
 from trainers.checkpoint import About, save
-from trainers.collection import batch_of, generate_rounds, samples_of, write_samples
+from trainers.collection import batch_of, generate_partly, generate_rounds, samples_of, write_samples
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
@@ -32,9 +32,10 @@ from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.lora import check_target_modules
 from trainers.no_grad_pass import no_grad_pass
+from trainers.partial import Unfinished
 from trainers.plots import plot_run
 from trainers.policy import Policy
-from trainers.resume import Start, agreed_start, restore, taken
+from trainers.resume import Start, agreed_start, restore, restore_carried, taken
 from trainers.rewards import check_answers
 from trainers.scoring import Scorer
 from trainers.timeline import timed_by_thread
@@ -123,7 +124,9 @@ def learn(
                 )  # fmt: skip
 
         learner = make_learner(config, algorithm.load(config), world.device)
+        unfinished = Unfinished(config.partial, stream.examples)
         restore(start, learner, stream, config.run.seed)
+        restore_carried(start, unfinished, world)
         for step in range(start.step, steps):
             evaluated = evaluation(step)
             timeline = timed_by_thread(step, config.run.timeline_steps, folder, world)
@@ -131,7 +134,12 @@ def learn(
                 metrics |= evaluated
                 with phase("sync"):
                     metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
-                rounds, found = generate_rounds(engine, stream, environment, scorer, config, step, phase)
+                if config.partial.is_on:
+                    rounds, found = generate_partly(
+                        engine, stream, unfinished, environment, scorer, config, step, phase
+                    )
+                else:
+                    rounds, found = generate_rounds(engine, stream, environment, scorer, config, step, phase)
                 metrics |= found
                 with phase("no_grad"):
                     batch, found = batch_of(rounds, config, world)
@@ -149,7 +157,8 @@ def learn(
             if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step
                 with phase("checkpoint"):
                     about = about_now(config, start, step + 1, stream, world, dashboard)
-                    save(folder, about, learner, config.checkpoint.keep, config.run.private)
+                    carried = unfinished.to_bytes()
+                    save(folder, about, learner, config.checkpoint.keep, config.run.private, carried)
         if evaluated := evaluation(steps):
             dashboard.log(steps, evaluated)
         export_policy(folder / "policy", learner.policy.language_model, tokenizer, config.rollout.dtype)

@@ -27,6 +27,9 @@ def load(config: PPOConfig) -> Policy:
 def targets(batch: TrainBatch, config: PPOConfig) -> TrainBatch:
     """Advantages by GAE over token rewards, and the critic's returns; a collective if they are whitened."""
     ppo, mask = config.ppo, batch.response_mask
+    if not len(batch):  # the others still whiten with this rank
+        nothing = torch.zeros_like(batch.engine_logprobs)
+        return batch.with_targets(whiten(nothing, mask) if ppo.whiten_advantages else nothing, nothing)
     assert batch.values is not None
     rewards = token_rewards(
         batch.scores, batch.sampled_logprobs, batch.ref_logprobs, mask, ppo.reward_kl_coef, ppo.kl_estimator

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from rollout import World
 from trainers.checkpoint import (
+    CARRIED_FILE,
     FOLDER,
     About,
     damaged,
@@ -36,6 +37,7 @@ from trainers.data import Example, PromptStream
 from trainers.errors import ConfigError
 from trainers.evaluation import EVAL_SAMPLES_FILE
 from trainers.learner import Learner
+from trainers.partial import Unfinished
 from trainers.run_folder import create_run_folder, environment
 
 ROWS_FILES = (METRICS_FILE, SAMPLES_FILE, EVAL_SAMPLES_FILE)
@@ -160,6 +162,21 @@ def restore(start: Start, learner: Learner, stream: PromptStream, seed: int) -> 
         load(*start.checkpoint, learner, seed)
         stream.position = start.checkpoint[1].position
     on_main(lambda: _cut_back(start.folder, start.step))
+
+
+def restore_carried(start: Start, unfinished: Unfinished, world: World) -> None:
+    """Give each rank the responses back that it was carrying; no collective.
+
+    Raises:
+        ConfigError: if the checkpoint's cannot be read.
+    """
+    if start.checkpoint is None or not start.checkpoint[1].carried:
+        return
+    folder = start.checkpoint[0]
+    try:
+        unfinished.from_bytes((folder / CARRIED_FILE).read_bytes(), world.rank, world.size)
+    except Exception as error:  # of many kinds: safetensors' own, a name or a number that does not fit
+        raise damaged(folder, error) from error
 
 
 def recorded(config: Experiment) -> str:

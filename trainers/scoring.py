@@ -41,12 +41,14 @@ class Scores:
     early: int | None = None
 
     def metrics(self) -> dict[str, float]:
-        """reward/failed, each reward/NAME_mean and, with workers, reward/overlapped_fraction.
+        """reward/failed, each reward/NAME_mean and, with workers, reward/overlapped_fraction; none without responses.
 
         Over all responses of all ranks: a collective.
         """
         columns = [np.ones(len(self.total)), self.failed, np.array(self.early or 0), *self.parts.values()]
         count, failed, early, *sums = sum_over_ranks(torch.tensor([float(column.sum()) for column in columns])).tolist()
+        if not count:
+            return {}
         means = {f"reward/{name}_mean": total / count for name, total in zip(self.parts, sums, strict=True)}
         overlapped = {} if self.early is None else {"reward/overlapped_fraction": early / count}
         return {"reward/failed": failed} | means | overlapped

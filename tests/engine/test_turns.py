@@ -39,6 +39,17 @@ def test_the_tokens_are_those_of_a_loop_by_hand_in_any_order_on_any_rank(ranks: 
     assert ranks[0]["asynchronous"]["share"] != ranks[1]["asynchronous"]["share"]
 
 
+def test_rows_that_are_cut_and_carried_say_what_they_would_have_said(ranks: list[dict]) -> None:
+    whole = ranks[0]["asynchronous"]
+    for rank in ranks:
+        parts = rank["in_parts"]
+        assert parts["phases"] >= worker.SAMPLING.max_tokens // worker.PART
+        for name in WHAT:
+            assert parts[name] == whole[name]
+        for found, expected in zip(parts["logprobs"], whole["logprobs"], strict=True):
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_no_draw_comes_twice(ranks: list[dict]) -> None:
     """A row that drew the same numbers again would say much the same again."""
     again = total = 0

@@ -5,17 +5,28 @@ torchrun --nproc_per_node=2 turns_worker.py MODEL OUT
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rollout import Rollout, RolloutBatch, RolloutConfig, RolloutEngine, SamplingConfig, generate_turns, one_by_one
+from rollout import (
+    Draft,
+    Rollout,
+    RolloutBatch,
+    RolloutConfig,
+    RolloutEngine,
+    SamplingConfig,
+    advance_drafts,
+    generate_turns,
+    one_by_one,
+)
 from tests.engine.trainer_state import digest
 
 STOPS = list(range(100, 160))  # of 512 words: some turns end after a few tokens, some by the limit
 SAMPLING = SamplingConfig(max_tokens=30, n=3, stop_token_ids=STOPS)
-SEED, MAX_TURNS, MAX_MODEL_LEN, BLOCK = 5, 4, 112, 32
+SEED, MAX_TURNS, MAX_MODEL_LEN, BLOCK, PART = 5, 4, 112, 32, 5
 
 
 def prompts(rank: int) -> list[list[int]]:
@@ -99,7 +110,12 @@ def in_turns(engine: RolloutEngine) -> dict[str, Any]:
     batch, metrics = generate_turns(engine, mine, SAMPLING, one_by_one(environment), MAX_TURNS, seed=SEED)
     engine.generate = generate
     ours = [
-        (rollout.response_ids.tolist(), rollout.generated.astype(int).tolist(), rollout.finish_reason == "stop")
+        (
+            rollout.response_ids.tolist(),
+            rollout.generated.astype(int).tolist(),
+            rollout.finish_reason == "stop",
+            rollout.logprobs.tolist(),
+        )
         for rollout in batch
     ]
     rows = [row for of_rank in engine.everyones(ours) for row in of_rank]
@@ -107,12 +123,32 @@ def in_turns(engine: RolloutEngine) -> dict[str, Any]:
         "response": [row[0] for row in rows],
         "generated": [row[1] for row in rows],
         "finished": [row[2] for row in rows],
+        "logprobs": [row[3] for row in rows],
         "rows": len(batch),
         "share": digest(batch.response_ids, batch.logprobs, batch.generated, batch.streams),
         "unsampled_logprobs": float(np.abs(batch.logprobs[~batch.generated]).sum()),
         "computed": computed,
         "metrics": metrics,
     }
+
+
+def in_parts(engine: RolloutEngine) -> dict[str, Any]:
+    """The same rows, five tokens a phase; between two phases the engine sleeps, which empties the cache."""
+    drafts = [Draft(np.array(ids, np.int32), 0) for ids in prompts(engine.world.rank)]
+    drafts = [replace(draft) for draft in drafts for _ in range(SAMPLING.n)]
+    phases = 0
+    while any(engine.everyones(any(not draft.done for draft in drafts))):
+        for draft in drafts:
+            draft.allowance = PART
+        advance_drafts(engine, drafts, SAMPLING, one_by_one(environment), MAX_TURNS, SEED)
+        engine.sleep()
+        phases += 1
+    ours = [
+        (d.response_ids.tolist(), d.generated.astype(int).tolist(), d.finished, d.logprobs.tolist()) for d in drafts
+    ]
+    rows = [row for of_rank in engine.everyones(ours) for row in of_rank]
+    names = ("response", "generated", "finished", "logprobs")
+    return {name: [row[at] for row in rows] for at, name in enumerate(names)} | {"phases": phases}
 
 
 def main() -> None:
@@ -129,6 +165,7 @@ def main() -> None:
             results[name] = in_turns(engine)
             if name == "asynchronous":
                 results["by_hand"], results["backwards"] = by_hand(engine, False), by_hand(engine, True)
+                results["in_parts"] = in_parts(engine)
             rank = engine.world.rank
     (out / f"rank{rank}.json").write_text(json.dumps(results))
 

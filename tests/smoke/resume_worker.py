@@ -100,12 +100,17 @@ def without_position() -> None:
     trainers.loop.restore = and_back_to_the_first_prompt
 
 
+def without_carried() -> None:
+    trainers.loop.restore_carried = lambda *_: None
+
+
 BREAKS: dict[str, Callable[[], None]] = {
     "nothing": lambda: None,
     "optimizer": without_optimizer,
     "policy": without_policy,
     "random": without_random,
     "position": without_position,
+    "carried": without_carried,
 }
 
 

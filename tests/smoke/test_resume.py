@@ -128,8 +128,41 @@ def test_one_rank_goes_on_as_two_and_back(
     assert (again["position"], again["world_size"]) == (STEPS * 8, 2)
 
 
+# Three tokens a step of eight: after the second step every rank carries responses of two ages.
+CARRIED = ["partial.tokens_per_step=3", "partial.max_age=2", "grpo.old_logprobs=engine", "reward.require_finish=false"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [name for name in resume_worker.BREAKS if name != "nothing"])
+@pytest.mark.timeout(900)
+def test_carried_responses_go_on_where_they_were(tiny_model_path: Path, tmp_path: Path) -> None:
+    words = [*CARRIED, "grpo.steps=6"]
+    expected = whole(tiny_model_path, tmp_path / "whole", *words, algorithm="grpo")
+    steps = [row for row in expected if "rollout/carried" in row]
+    assert len(steps) == 6 and all(row["rollout/carried"] > 0 for row in steps)
+    trained = [row for row in steps if row["rollout/trained_groups"]]
+    assert 3 <= len(trained) < 6 and all(0 < row["rollout/version_lag_mean"] <= 2 for row in trained)
+    assert all(("train/loss" in row) == ("reward/mean" in row) == (row in trained) for row in steps)
+
+    killed(tiny_model_path, tmp_path / "killed", 4, 0.1, *words, algorithm="grpo")
+    newest = sorted((tmp_path / "killed" / "run" / "checkpoints").glob("step-??????"))[-1]
+    assert json.loads((newest / "checkpoint.json").read_text())["carried"] > 0
+    for broken in ("carried", "nothing"):
+        folder = copied(tmp_path / "killed", tmp_path / broken)
+        done = run(
+            tiny_model_path,
+            folder.parent,
+            *words,
+            f"checkpoint.resume={folder}",
+            "checkpoint.every=1",
+            algorithm="grpo",
+            broken=broken,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert (settled(rows_of(folder)) == settled(expected)) == (broken == "nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [name for name in resume_worker.BREAKS if name not in ("nothing", "carried")])
 def test_it_would_show_if_a_part_were_left_out(
     broken: str, tiny_model_path: Path, uninterrupted: Path, interrupted: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 from trainers import checkpoint as module
 from trainers.checkpoint import (
     ABOUT_FILE,
+    CARRIED_FILE,
     RANDOM_FILE,
     TENSORS,
     About,
@@ -383,6 +384,18 @@ def test_a_file_that_was_cut_is_not_whole(tmp_path):
     with pytest.raises(ConfigError, match="is cut short"):
         read_about(folder)
     assert whole_checkpoints(tmp_path) == []
+
+
+def test_what_is_carried_lies_beside_the_tensors_and_has_to_be_whole(tmp_path):
+    folder = save(tmp_path, about(1), learner(updates=1), 2, True, carried=b"rows")
+    assert read_about(folder).carried == 4 and (folder / CARRIED_FILE).read_bytes() == b"rows"
+    (folder / CARRIED_FILE).write_bytes(b"row")
+    with pytest.raises(ConfigError, match="carried.safetensors is cut short"):
+        read_about(folder)
+    (folder / CARRIED_FILE).unlink()
+    with pytest.raises(ConfigError, match="carried.safetensors"):
+        read_about(folder)
+    assert not (save(tmp_path, about(2), learner(updates=1), 2, True) / CARRIED_FILE).exists()
 
 
 def test_another_models_tensors_are_refused(tmp_path):
