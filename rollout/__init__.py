@@ -10,14 +10,16 @@ from rollout.types import Prompt, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from rollout.agreement import RanksDisagree
+    from rollout.balance import partition
     from rollout.engine import RolloutEngine
     from rollout.failure import Watch, beat, watched
     from rollout.throughput import merge_groups, overlap_fraction
     from rollout.trace import merge_traces, write_trace
     from rollout.weights import StaleWeights, SyncReport
-    from rollout.world import World, init_world
+    from rollout.world import Machine, World, check_machines, init_world, machines_of_ranks, this_machine
 
 __all__ = [
+    "Machine",
     "Prompt",
     "RanksDisagree",
     "Rollout",
@@ -30,15 +32,20 @@ __all__ = [
     "Watch",
     "World",
     "beat",
+    "check_machines",
     "init_world",
+    "machines_of_ranks",
     "merge_groups",
     "merge_traces",
     "overlap_fraction",
+    "partition",
+    "this_machine",
     "watched",
     "write_trace",
 ]
 
 _LAZY = {
+    "Machine": "rollout.world",
     "RanksDisagree": "rollout.agreement",
     "RolloutEngine": "rollout.engine",
     "StaleWeights": "rollout.weights",
@@ -46,10 +53,14 @@ _LAZY = {
     "Watch": "rollout.failure",
     "World": "rollout.world",
     "beat": "rollout.failure",
+    "check_machines": "rollout.world",
     "init_world": "rollout.world",
+    "machines_of_ranks": "rollout.world",
     "merge_groups": "rollout.throughput",
     "merge_traces": "rollout.trace",
     "overlap_fraction": "rollout.throughput",
+    "partition": "rollout.balance",
+    "this_machine": "rollout.world",
     "watched": "rollout.failure",
     "write_trace": "rollout.trace",
 }

@@ -28,6 +28,9 @@ class RolloutConfig:
             False runs one step at a time. The tokens are the same.
         enforce_eager: True switches torch.compile and CUDA graphs off: a faster start, slower steps.
         enable_prefix_caching: True shares the KV blocks of equal prompt prefixes; emptied by every weight sync.
+        balance: True shares the prompts of all replicas out anew before each phase, by how long their responses are
+            expected to be (as long as the last ones to the same prompt), and brings the responses back; `generate` is
+            then called by all ranks of the job together. Nothing is done where there is one replica.
         seed: of the engine's own random streams, which the trainer's never touch.
         simulate_step_ms: run no model: each step occupies a simulated accelerator for this many milliseconds, and the
             tokens are made up. It measures the host's share of a step (benchmarks; vLLM's CPU build only).
@@ -56,6 +59,7 @@ class RolloutConfig:
     async_scheduling: bool = True
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    balance: bool = False
     seed: int = 0
     simulate_step_ms: float | None = None
     stall_timeout_s: float = 600.0

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rollout.agreement import EXPLANATION_TIMEOUT_S, Agreement
+from rollout.balance import Balance
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.driver import Collected, Phase, drive
 from rollout.failure import watched
@@ -20,7 +21,7 @@ from rollout.isolation import preserved_trainer_state
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Prompt, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
-from rollout.world import World, init_world, tensor_parallel_group
+from rollout.world import World, check_machines, init_world, machines_of_ranks, tensor_parallel_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +42,8 @@ class RolloutEngine:
         config: the same on every rank.
 
     Raises:
-        ValueError: if the tensor-parallel size does not divide the world or the model's heads, or the ranks of a group
-            were given different models or configs.
+        ValueError: if the tensor-parallel size does not divide the world or the model's heads, a group lies on several
+            machines, or the ranks of a group were given different models or configs.
 
     Example, as a script for `torchrun --nproc_per_node=2`:
 
@@ -57,6 +58,8 @@ class RolloutEngine:
         self.world: World = init_world()
         self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
         self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
+        check_machines(self.config.tensor_parallel_size, machines_of_ranks())
+        self._balance: Balance | None = None
         self._phase: Phase | None = None
         self._collected: Collected | None = None
         self._num_phases = 0
@@ -110,6 +113,8 @@ class RolloutEngine:
     ) -> RolloutBatch:
         """Sample `sampling.n` responses to each of this rank's prompts; all ranks of the group call it together.
 
+        With `config.balance` and several replicas all ranks of the job do, and what is said of the group holds for it.
+
         Args:
             prompts: this rank's own, texts or token ids; may be fewer or more than the other ranks'.
             sampling: the same on every rank of the group.
@@ -131,13 +136,11 @@ class RolloutEngine:
             ours = [self._token_ids(prompt) for prompt in prompts]
             prompts_of_ranks = self._share(ours, sampling, seed)
             self._check_prompts(prompts_of_ranks, sampling)
-            everyones = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
             with self._fence.busy("generating"), no_backward(self._synced()):
-                collected = self._collected = self._run(everyones, sampling, seed)
+                answer = self._answer_own if self._balance is None else self._answer_balanced
+                collected, rows = answer(prompts_of_ranks, sampling, seed)
             self._num_phases += 1
-        rank = dist.get_rank(self._group)
-        before = sum(len(of_rank) for of_rank in prompts_of_ranks[:rank]) * sampling.n
-        return pack(ours, sampling.n, collected, slice(before, before + len(ours) * sampling.n), self._version)
+        return pack(ours, sampling.n, collected, rows, self._version)
 
     def sync_weights(self, policy: nn.Module, version: int) -> SyncReport:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
@@ -221,6 +224,8 @@ class RolloutEngine:
     def _build(self) -> None:
         last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
         self._agreement = Agreement(self._group, last_words)
+        if self.config.balance and self.world.size > self.tensor_parallel_size:
+            self._balance = Balance(tensor_parallel_group(self.world, self.world.size), self.tensor_parallel_size)
         self._check_same_config()
         with preserved_trainer_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
@@ -230,11 +235,53 @@ class RolloutEngine:
             on_cuda = self.world.device.type == "cuda"
             self._core = build_core(self.model, self.tensor_parallel_size, self.config, on_cuda)
 
-    def _run(self, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: int) -> Collected:
+    def _answer_own(
+        self, prompts_of_ranks: list[list[np.ndarray]], sampling: SamplingConfig, seed: int
+    ) -> tuple[Collected, slice]:
+        """The responses to the prompts of this replica, and which rows of them are this rank's."""
+        prompts = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
+        replica = self.world.rank // self.tensor_parallel_size
+        # A stream of its own for each: two replicas' prompts of one number have nothing to do with each other.
+        streams = np.random.SeedSequence((self.config.seed, seed), spawn_key=(replica,) if replica else ())
+        collected = self._run(prompts, range(len(prompts)), sampling, streams)
+        rank = dist.get_rank(self._group)
+        before = sum(len(of_rank) for of_rank in prompts_of_ranks[:rank]) * sampling.n
+        return collected, slice(before, before + len(prompts_of_ranks[rank]) * sampling.n)
+
+    def _answer_balanced(
+        self, prompts_of_ranks: list[list[np.ndarray]], sampling: SamplingConfig, seed: int
+    ) -> tuple[Collected, slice]:
+        """The responses to this rank's prompts, by whichever replicas, and which rows of them are this rank's: all.
+
+        Prompts are numbered over the whole job, so that who answers one does not move its random numbers.
+        """
+        assert self._balance is not None
+        prompts = [prompt for of_rank in prompts_of_ranks for prompt in of_rank]
+        shares = self._balance.shares(prompts_of_ranks, sampling.n, sampling.max_tokens)
+        numbers = shares.of_replicas[self.world.rank // self.tensor_parallel_size]
+        own = [prompts[number] for number in numbers]
+        answers = self._run(own, numbers, sampling, np.random.SeedSequence((self.config.seed, seed)))
+        collected = self._balance.bring_back(shares, prompts_of_ranks, answers)
+        return collected, slice(0, len(collected.lengths))
+
+    def _run(
+        self,
+        prompts: Sequence[np.ndarray],
+        numbers: Sequence[int],
+        sampling: SamplingConfig,
+        streams: np.random.SeedSequence,
+    ) -> Collected:
+        """All responses of this replica.
+
+        Args:
+            prompts: that it answers.
+            numbers: of the prompts, by which their random streams are told apart.
+            streams: the seed of all of them.
+        """
         from rollout.backend.core import make_requests
 
         self._collected = None  # nothing of the last phase passes for this one's, should it be interrupted
-        requests = make_requests(self._core, prompts, sampling, seed=(self.config.seed, seed))
+        requests = make_requests(self._core, prompts, sampling, streams, numbers)
         collected = Collected.empty(len(requests), sampling.max_tokens)
         self._phase = Phase(PhaseTimeline())
         with preserved_trainer_state():
@@ -249,19 +296,23 @@ class RolloutEngine:
             kv_cache_usage_peak=self._phase.peak_kv_cache_usage,
             preemptions=self._phase.preemptions,
         )
+        self._collected = collected
         return collected
 
     def _token_ids(self, prompt: Prompt) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
 
     def _share(self, ours: list[np.ndarray], sampling: SamplingConfig, seed: int) -> list[list[np.ndarray]]:
-        """Every rank's prompts, in rank order, once all ranks of the group are known to ask for the same thing."""
-        gathered: list[Any] = [None] * self.tensor_parallel_size
-        dist.all_gather_object(gathered, (ours, sampling, seed), group=self._group)
+        """Every rank's prompts, in rank order, once all who generate together are known to ask for the same thing."""
+        group, of_what = self._group, "tensor-parallel group"
+        if self._balance is not None:
+            group, of_what = self._balance.group, "job"
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (ours, sampling, seed), group=group)
         for rank, (_, theirs, their_seed) in enumerate(gathered):
             if (theirs, their_seed) != gathered[0][1:]:
                 raise ValueError(
-                    f"rank {rank} of the tensor-parallel group generates with {theirs}, seed {their_seed}; "
+                    f"rank {rank} of the {of_what} generates with {theirs}, seed {their_seed}; "
                     f"rank 0 with {gathered[0][1]}, seed {gathered[0][2]}: pass the same on every rank"
                 )
         return [prompts for prompts, _, _ in gathered]

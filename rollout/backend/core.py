@@ -121,24 +121,32 @@ def engine_arguments(model: str, tensor_parallel_size: int, config: RolloutConfi
 
 
 def make_requests(
-    core: Core, prompts: Sequence[np.ndarray], sampling: SamplingConfig, seed: Sequence[int]
+    core: Core,
+    prompts: Sequence[np.ndarray],
+    sampling: SamplingConfig,
+    streams: np.random.SeedSequence,
+    prompt_numbers: Sequence[int],
 ) -> list[Request]:
     """One request a sequence: sample j of prompt i is request number i * n + j, and its id is that number.
 
-    Every sequence has a random stream of its own, drawn from `seed` and its number: the same random numbers whatever
+    Every sequence has a random stream of its own, drawn from `streams` and its number: the same random numbers whatever
     else is in the batch, in whatever order it is scheduled, on every rank. The same tokens, too, where the logits do
     not depend on the batch; on CUDA other batch sizes take other kernels, whose roundings differ.
+
+    Args:
+        prompt_numbers: of the prompts, for their streams; a replica's prompts may be some of the job's.
     """
     params = sampling_params(core, sampling)
     # One word a sequence; a longer batch begins with the words of a shorter one.
-    num_sequences = len(prompts) * sampling.n
-    seeds = (np.random.SeedSequence(seed).generate_state(num_sequences, np.uint64) >> 1).tolist()
+    num_sequences = (max(prompt_numbers, default=-1) + 1) * sampling.n
+    seeds = (streams.generate_state(num_sequences, np.uint64) >> 1).tolist()
     requests = []
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, prompt_number) in enumerate(zip(prompts, prompt_numbers, strict=True)):
         prompt_token_ids = prompt.tolist()
-        for number in range(index * sampling.n, (index + 1) * sampling.n):
+        for sample in range(sampling.n):
+            number = index * sampling.n + sample
             own = copy(params)
-            own.seed = seeds[number]
+            own.seed = seeds[prompt_number * sampling.n + sample]
             requests.append(
                 Request(
                     request_id=str(number),
