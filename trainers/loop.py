@@ -30,6 +30,7 @@ from trainers.export import export_policy
 from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.no_grad_pass import no_grad_pass
+from trainers.nodes import check_groups
 from trainers.plots import plot_run
 from trainers.policy import Policy
 from trainers.resume import Start, agreed_start, restore, taken
@@ -64,6 +65,7 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     """
     disable_progress_bar()
     world = init_world()
+    check_groups(config)
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     stream, held_out = prompts(config, tokenizer, world)
