@@ -3,12 +3,15 @@
 `scripts/two_hosts.py` makes the hosts and the runs.
 """
 
+import errno
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts.bench.hosts import NoHosts
+from scripts.bench.hosts import NoHosts, two_hosts, wait_for
 from scripts.two_hosts import CUT_S, STALL_S, STEPS, differing, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,6 +31,35 @@ def result(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory):
             pytest.skip(str(error))
 
     return of
+
+
+PROBE = """
+import os, socket
+for address in ("198.18.0.2", "192.0.2.1"):
+    try:
+        socket.create_connection((address, 9), timeout=5)
+    except OSError as error:
+        print(type(error).__name__, error.errno, flush=True)
+print(socket.gethostname(), os.listdir("/dev/shm"), flush=True)
+"""
+
+
+def test_hosts_reach_each_other_and_nothing_else(tmp_path: Path) -> None:
+    try:
+        with two_hosts() as (first, second):
+            assert first.start([sys.executable, "-c", PROBE], tmp_path / "probe").wait(30) == 0
+            sleeper = second.start(["bash", "-c", "sleep 600 & echo begun; wait"], tmp_path / "sleeper")
+            wait_for(tmp_path / "sleeper", 1, 30.0, [sleeper])
+            second.kill()
+            assert sleeper.returncode == -signal.SIGKILL
+            namespaces = [Path("/run/netns", host.name) for host in (first, second)]
+            assert all(namespace.exists() for namespace in namespaces)
+    except NoHosts as error:
+        pytest.skip(str(error))
+    refused, unreachable, last = (tmp_path / "probe").read_text().splitlines()
+    assert refused.startswith("ConnectionRefusedError") and unreachable == f"OSError {errno.ENETUNREACH}"
+    assert last == f"{first.name} []"
+    assert not any(namespace.exists() for namespace in namespaces)
 
 
 def test_two_hosts_compute_what_one_does(result) -> None:
