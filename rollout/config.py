@@ -32,6 +32,9 @@ class RolloutConfig:
         sleep: what the engine gives back while the trainer trains, and takes again afterwards: nothing, the KV cache,
             or all, with the weights, which the next weight sync brings back (CUDA only; on the CPU the KV cache's
             pages always go).
+        balance: True shares the prompts of all replicas out anew before each phase, by how long their responses are
+            expected to be (as long as the last ones to the same prompt), and brings the responses back; `generate` is
+            then called by all ranks of the job together. Nothing is done where there is one replica.
         seed: of the engine's own random streams, which the trainer's never touch.
         simulate_step_ms: run no model: each step occupies a simulated accelerator for this many milliseconds, and the
             tokens are made up. It measures the host's share of a step (benchmarks; vLLM's CPU build only).
@@ -61,6 +64,7 @@ class RolloutConfig:
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     sleep: Sleep = "nothing"
+    balance: bool = False
     seed: int = 0
     simulate_step_ms: float | None = None
     stall_timeout_s: float = 600.0

@@ -13,6 +13,7 @@ from torch import nn
 
 from rollout.adapters import check_adapters
 from rollout.agreement import EXPLANATION_TIMEOUT_S, Agreement
+from rollout.balance import Balance
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.driver import Collected, Phase, drive
 from rollout.failure import watched
@@ -23,7 +24,7 @@ from rollout.spans import record_phase, span
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Asked, OnStep, Prompt, Rollout, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
-from rollout.world import World, init_world, tensor_parallel_group
+from rollout.world import World, check_machines, init_world, machines_of_ranks, tensor_parallel_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +45,8 @@ class RolloutEngine:
         config: the same on every rank.
 
     Raises:
-        ValueError: if the tensor-parallel size does not divide the world or the model's heads, or the ranks of a group
-            were given different models or configs.
+        ValueError: if the tensor-parallel size does not divide the world or the model's heads, a group lies on several
+            machines, or the ranks of a group were given different models or configs.
 
     Example, as a script for `torchrun --nproc_per_node=2`:
 
@@ -60,6 +61,8 @@ class RolloutEngine:
         self.world: World = init_world()
         self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
         self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
+        check_machines(self.config.tensor_parallel_size, machines_of_ranks())
+        self._balance: Balance | None = None
         self._phase: Phase | None = None
         self._collected: Collected | None = None
         self._num_phases = 0
@@ -120,6 +123,12 @@ class RolloutEngine:
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
+    def any_rank(self, value: bool) -> bool:
+        """True if one of the ranks that generate together says so; a collective of these."""
+        gathered: list[Any] = [None] * dist.get_world_size(self._together)
+        dist.all_gather_object(gathered, value, group=self._together)
+        return any(gathered)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -133,6 +142,8 @@ class RolloutEngine:
     ) -> RolloutBatch:
         """Sample `sampling.n` responses to each of this rank's prompts; all ranks of the group call it together.
 
+        With `config.balance` and several replicas all ranks of the job do, and what is said of the group holds for it.
+
         Args:
             prompts: this rank's own, texts or token ids; may be fewer or more than the other ranks'.
             sampling: the same on every rank of the group.
@@ -140,7 +151,8 @@ class RolloutEngine:
                 number of calls so far, so that each call draws afresh and a whole job repeats.
             on_step: called after each step with this rank's responses that ended in it, while the device works on the
                 next step: to score them meanwhile, say. It has to be quick. Its errors end the phase. What it is given
-                counts only once `generate` has returned: the ranks may still turn out to disagree.
+                counts only once `generate` has returned: the ranks may still turn out to disagree. With
+                `config.balance` and several replicas it is not called: responses come from elsewhere, at the end.
             samples: of each prompt, where they are not all `sampling.n`.
             max_tokens: of each prompt's responses, where they are not all `sampling.max_tokens`; at most that.
             streams: of each prompt, the key of its one sample's random numbers, to go on with a row of an earlier call
@@ -167,14 +179,17 @@ class RolloutEngine:
                 of_ranks = self._share(ours, sampling, seed)
             self._check_asked(of_ranks, sampling)
             everyones = [asked for of_rank in of_ranks for asked in of_rank]
-            keys = request_streams((self.config.seed, seed), [a.stream for a in everyones for _ in range(a.samples)])
-            before = sum(asked.samples for of_rank in of_ranks[: dist.get_rank(self._group)] for asked in of_rank)
+            keys = self._streams(everyones, seed)
+            before = sum(asked.samples for of_rank in of_ranks[: dist.get_rank(self._together)] for asked in of_rank)
             rows = slice(before, before + sum(asked.samples for asked in ours))
             with self._fence.busy("generating"), no_backward(self._synced()):
-                on_rows = None if on_step is None else hand_out(ours, rows, self._version, on_step)
-                collected = self._collected = self._run(everyones, sampling, keys, on_rows)
+                if self._balance is None:
+                    on_rows = None if on_step is None else hand_out(ours, rows, self._version, on_step)
+                    collected, of_this_rank = self._run(everyones, sampling, keys, on_rows), rows
+                else:
+                    collected, of_this_rank = self._run_balanced(self._balance, of_ranks, sampling, keys), slice(None)
             self._num_phases += 1
-        return pack(ours, collected, rows, keys[rows], self._version)
+        return pack(ours, collected, of_this_rank, keys[rows], self._version)
 
     def sync_weights(self, policy: nn.Module, version: int) -> SyncReport:
         """Copy the policy's weights into the engine; all ranks call it together, between calls of `generate`.
@@ -268,6 +283,8 @@ class RolloutEngine:
     def _build(self) -> None:
         last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
         self._agreement = Agreement(self._group, last_words)
+        if self.config.balance and self.world.size > self.tensor_parallel_size:
+            self._balance = Balance(tensor_parallel_group(self.world, self.world.size), self.tensor_parallel_size)
         self._check_same_config()
         with preserved_trainer_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
@@ -277,6 +294,33 @@ class RolloutEngine:
             on_cuda = self.world.device.type == "cuda"
             self._core = build_core(self.model, self.tensor_parallel_size, self.config, on_cuda)
 
+    @property
+    def _together(self) -> dist.ProcessGroup:
+        """The ranks whose calls of `generate` are one: those of the tensor-parallel group, or of the job."""
+        return self._group if self._balance is None else self._balance.group
+
+    def _streams(self, everyones: Sequence[Asked], seed: int) -> np.ndarray:
+        """(sequences,) int64: the keys of the random numbers of all who generate together.
+
+        Replicas on their own draw from streams of their own: two replicas' prompts of one number have nothing to do
+        with each other. Balanced ones number their prompts over the whole job, so that who answers one does not move
+        its random numbers.
+        """
+        replica = 0 if self._balance is not None else self.world.rank // self.tensor_parallel_size
+        given = [asked.stream for asked in everyones for _ in range(asked.samples)]
+        return request_streams((self.config.seed, seed), given, replica)
+
+    def _run_balanced(
+        self, balance: Balance, of_ranks: list[list[Asked]], sampling: SamplingConfig, streams: np.ndarray
+    ) -> Collected:
+        """The responses to this rank's prompts, by whichever replicas."""
+        shares = balance.shares(of_ranks)
+        replica = self.world.rank // self.tensor_parallel_size
+        everyones = [asked for of_rank in of_ranks for asked in of_rank]
+        asked = [everyones[number] for number in shares.of_replicas[replica]]
+        answers = self._run(asked, sampling, streams[shares.sequences(replica)], None)
+        return balance.bring_back(shares, everyones, answers)
+
     def _run(
         self,
         asked: Sequence[Asked],
@@ -284,6 +328,7 @@ class RolloutEngine:
         streams: np.ndarray,
         on_rows: Callable[[Collected, list[int]], None] | None,
     ) -> Collected:
+        """All responses of this replica; `streams` has their keys."""
         from rollout.backend.core import make_requests
 
         self._collected = None  # nothing of the last phase passes for this one's, should it be interrupted
@@ -307,18 +352,21 @@ class RolloutEngine:
             kv_cache_usage_peak=self._phase.peak_kv_cache_usage,
             preemptions=self._phase.preemptions,
         )
+        self._collected = collected
         return collected
 
     def _token_ids(self, prompt: Prompt) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
 
     def _share(self, ours: list[Asked], sampling: SamplingConfig, seed: int) -> list[list[Asked]]:
-        """Every rank's prompts, in rank order, once all ranks of the group are known to ask for the same thing."""
-        gathered = self.everyones((ours, sampling, seed))
+        """Every rank's prompts, in rank order, once all who generate together are known to ask for the same thing."""
+        of_what = "tensor-parallel group" if self._balance is None else "job"
+        gathered: list[Any] = [None] * dist.get_world_size(self._together)
+        dist.all_gather_object(gathered, (ours, sampling, seed), group=self._together)
         for rank, (_, theirs, their_seed) in enumerate(gathered):
             if (theirs, their_seed) != gathered[0][1:]:
                 raise ValueError(
-                    f"rank {rank} of the tensor-parallel group generates with {theirs}, seed {their_seed}; "
+                    f"rank {rank} of the {of_what} generates with {theirs}, seed {their_seed}; "
                     f"rank 0 with {gathered[0][1]}, seed {gathered[0][2]}: pass the same on every rank"
                 )
         return [asked for asked, _, _ in gathered]

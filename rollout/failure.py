@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from typing import Any, NoReturn, TextIO
 import psutil
 import torch.distributed as dist
 
-from rollout.world import launched_by_torchrun
+from rollout.world import launched_by_torchrun, this_machine
 
 LOOK_S = 0.5  # between two looks at the store
 STACKS_S = 3.0  # for the ranks to say where they stand
@@ -80,8 +81,7 @@ class Watch:
         self._stall_timeout_s = stall_timeout_s
         self._process = os.getpid()
         self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        # A restarted job finds the store of the one before it.
-        self._prefix = f"rollout/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._prefix = f"rollout/failure/{_agreed_attempt()}"
         self._store = self._connect()
         self._neighbour = (self._rank + 1) % self._size
         self._heard, self._heard_at = "", time.monotonic()
@@ -220,7 +220,7 @@ class Watch:
         for rank in ranks:
             with suppress(dist.DistError, psutil.Error):
                 process = self._process_of(rank)
-                there = psutil.Process(process["pid"]) if process["host"] == socket.gethostname() else None
+                there = psutil.Process(process["pid"]) if process["machine"] == this_machine().key else None
                 if there is not None and there.create_time() == process["started"]:
                     there.kill()
 
@@ -326,8 +326,22 @@ def beat() -> None:
         _watch.beat()
 
 
+def _agreed_attempt() -> str:
+    """A name of this start of the job, the same on all ranks: a collective where there is a process group.
+
+    A restarted job finds the store of the one before it. TORCHELASTIC_RESTART_COUNT does not tell the two apart: each
+    node counts its own restarts, so that one which has come in place of a dead one begins at 0.
+    """
+    name = [f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{uuid.uuid4().hex[:8]}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(name, src=0)
+        return name[0]
+    return name[0].partition("-")[0]
+
+
 def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    machine, process = this_machine(), psutil.Process()
+    return {"host": machine.name, "machine": machine.key, "pid": process.pid, "started": process.create_time()}
 
 
 def _real_stderr() -> TextIO | None:

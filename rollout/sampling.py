@@ -122,10 +122,13 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def request_streams(seed: Sequence[int], given: Sequence[int | None]) -> np.ndarray:
+def request_streams(seed: Sequence[int], given: Sequence[int | None], replica: int = 0) -> np.ndarray:
     """The key of each sequence's random numbers: as given, or drawn from `seed` and its number among those without.
 
     A longer batch begins with the keys of a shorter one, and sequences that go on do not move the others' keys.
+
+    Args:
+        replica: draws other keys than any other one.
 
     Returns:
         (sequences,) int64, at least 0.
@@ -136,7 +139,8 @@ def request_streams(seed: Sequence[int], given: Sequence[int | None]) -> np.ndar
     """
     fresh = np.array([stream is None for stream in given], bool)
     streams = np.array([0 if stream is None else stream for stream in given], np.int64)
-    streams[fresh] = np.random.SeedSequence(seed).generate_state(int(fresh.sum()), np.uint64) >> np.uint64(1)
+    drawn = np.random.SeedSequence(seed, spawn_key=(replica,) if replica else ())
+    streams[fresh] = drawn.generate_state(int(fresh.sum()), np.uint64) >> np.uint64(1)
     return streams
 
 

@@ -280,7 +280,8 @@ def merge_groups(groups: Sequence[dict[str, float]]) -> dict[str, float]:
 
     Counts add up. The groups run side by side, so seconds, decode_steps and kv_cache_usage are those of the largest,
     and the rate is all tokens / the longest seconds. Lengths and truncated_fraction are means weighted by sequences
-    (for p50 and p99 an approximation that lies between the groups' own). Everything else is a plain mean.
+    (for p50 and p99 an approximation that lies between the groups' own). Everything else is a plain mean. Of several
+    groups there is rollout/imbalance, too: the longest seconds / their mean, 1 where no group waits for another.
 
     >>> a = {"rollout/generated_tokens": 100, "rollout/seconds": 4.0, "rollout/generated_tokens_per_s": 25.0}
     >>> b = {"rollout/generated_tokens": 100, "rollout/seconds": 5.0, "rollout/generated_tokens_per_s": 20.0}
@@ -304,6 +305,9 @@ def merge_groups(groups: Sequence[dict[str, float]]) -> dict[str, float]:
             merged[name] = float(np.mean(values))
     if "rollout/generated_tokens_per_s" in merged:
         merged["rollout/generated_tokens_per_s"] = merged["rollout/generated_tokens"] / merged["rollout/seconds"]
+    seconds = [group["rollout/seconds"] for group in groups if group.get("rollout/seconds")]
+    if len(seconds) > 1:
+        merged["rollout/imbalance"] = max(seconds) * len(seconds) / sum(seconds)
     return merged
 
 

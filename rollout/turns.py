@@ -184,7 +184,7 @@ def advance_drafts(
         rounds.append(engine.metrics)
         _answer(engine, [draft for draft in waiting if draft.finished], sampling, observe, max_turns)
         waiting = [draft for draft in waiting if draft.goes_on]
-        if not any(engine.everyones(bool(waiting))):
+        if not engine.any_rank(bool(waiting)):
             break
     return merge_rounds(rounds) | turn_metrics(_figures(engine, [draft for draft in drafts if draft.done]))
 

@@ -4,7 +4,6 @@ The ranks of a job train as fast as the one with the most to do. Responses diffe
 and which rank asked for the long ones is chance.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from rollout import Rollout, RolloutBatch
+from rollout import Rollout, RolloutBatch, partition
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,6 @@ def share_evenly(groups: Sequence[Group]) -> tuple[list[Group], float]:
     parts = partition(costs, dist.get_world_size())
     tokens = [sum(costs[number] for number in part) for part in parts]
     return [groups[number] for number in parts[dist.get_rank()]], max(tokens) * len(tokens) / max(sum(tokens), 1)
-
-
-def partition(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Numbers of `costs` in as many parts of nearly the same sum: the largest first, each to the part with the least.
-
-    That is at most 4/3 - 1 / (3 * parts) of the best there is (Graham 1969, "Bounds on Multiprocessing Timing
-    Anomalies").
-
-    >>> partition([5, 9, 4, 7], parts=2)
-    [[1, 2], [0, 3]]
-    """
-    least = [(0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
-    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
-        total, part = heapq.heappop(least)
-        found[part].append(number)
-        heapq.heappush(least, (total + costs[number], part))
-    return [sorted(part) for part in found]
 
 
 def versions_of(rollout: Rollout) -> np.ndarray:

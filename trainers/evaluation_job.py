@@ -14,6 +14,7 @@ from trainers.dashboard import Dashboard
 from trainers.environment import Environment
 from trainers.evaluation import evaluate_and_show
 from trainers.held_out import load_evaluation_prompts
+from trainers.nodes import check_groups
 from trainers.rewards import check_answers
 from trainers.run_folder import agreed_run_folder
 from trainers.scoring import Scorer
@@ -30,6 +31,7 @@ def run_evaluation(config: EvaluateConfig) -> Path:
     """
     disable_progress_bar()
     world = init_world()
+    check_groups(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     examples = load_evaluation_prompts(config, tokenizer)
     check_answers([example.answer for example in examples], config.reward)

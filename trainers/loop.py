@@ -32,6 +32,7 @@ from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
 from trainers.lora import check_target_modules
 from trainers.no_grad_pass import no_grad_pass
+from trainers.nodes import check_groups
 from trainers.partial import Unfinished
 from trainers.plots import plot_run
 from trainers.policy import Policy
@@ -68,6 +69,7 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
     """
     disable_progress_bar()
     world = init_world()
+    check_groups(config)
     set_seed(config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     check_target_modules(config.model.path, config.lora)

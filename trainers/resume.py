@@ -37,7 +37,9 @@ from trainers.data import Example, PromptStream
 from trainers.errors import ConfigError
 from trainers.evaluation import EVAL_SAMPLES_FILE
 from trainers.learner import Learner
+from trainers.nodes import check_shared
 from trainers.partial import Unfinished
+from trainers.restart import find_restarted, note_launchers, restart_notes
 from trainers.run_folder import create_run_folder, environment
 
 ROWS_FILES = (METRICS_FILE, SAMPLES_FILE, EVAL_SAMPLES_FILE)
@@ -113,13 +115,19 @@ class Start:
 def agreed_start(config: Experiment, examples: Sequence[Example], world: World) -> Start:
     """Rank 0's decision, made known to all; a collective.
 
+    A job that torchrun has started again goes on in its run's folder, from the newest whole checkpoint, whatever
+    `checkpoint.resume` says; without one it starts there anew.
+
     Raises:
-        ConfigError: on every rank, if there is nothing whole to resume, or the config differs in what matters.
+        ConfigError: on every rank, if there is nothing whole to resume, the config differs in what matters, or a node
+            does not see the folder that it has to write to.
     """
+    check_shared(config, world)
+    restarted = find_restarted(Path(config.run.directory))
     found: list[Any] = [None]
 
     def decide() -> None:
-        found[0] = _decide(config, examples, world.size)
+        found[0] = _decide(config, examples, world.size, restarted)
 
     on_main(decide)
     dist.broadcast_object_list(found, src=0)
@@ -142,6 +150,8 @@ def taken(start: Start, config: Experiment, world: World) -> Iterator[None]:
 
     try:
         on_main(take)
+        if start.is_new:
+            note_launchers(start.folder)
         yield
     finally:
         for descriptor in descriptors:
@@ -162,6 +172,7 @@ def restore(start: Start, learner: Learner, stream: PromptStream, seed: int) -> 
         load(*start.checkpoint, learner, seed)
         stream.position = start.checkpoint[1].position
     on_main(lambda: _cut_back(start.folder, start.step))
+    note_launchers(start.folder)  # only now is the newest checkpoint the one that was asked for
 
 
 def restore_carried(start: Start, unfinished: Unfinished, world: World) -> None:
@@ -211,30 +222,38 @@ def find_checkpoint(given: Path) -> Path:
     return whole[-1]
 
 
-def _decide(config: Experiment, examples: Sequence[Example], world_size: int) -> Start:
-    resume, every = config.checkpoint.resume, config.checkpoint.every
+def _decide(config: Experiment, examples: Sequence[Example], world_size: int, restarted: Path | None) -> Start:
+    resume, every, name = config.checkpoint.resume, config.checkpoint.every, config.run.name
     origin = origin_of(config, examples) if resume is not None or every is not None else {}
-    name = config.run.name
+    if restarted is not None:
+        return _newest_of(restarted, config, origin, world_size)
+    if config.run.progress:
+        print("".join(f"{note}\n" for note in restart_notes(every)), end="", file=sys.stderr)
     if resume == "auto":
-        assert name is not None and every is not None  # Experiment has checked it
+        assert name is not None  # Experiment has checked it
         folder = Path(config.run.directory) / name
-        if not folder.exists():
-            resume = None
-        elif not (whole := whole_checkpoints(folder)):
-            _refuse_to_lose_steps(folder, every)
-            return Start(folder, origin, is_new=False)
-        else:
-            checkpoint = whole[-1]
+        if folder.exists():
+            return _newest_of(folder, config, origin, world_size)
     elif resume is not None:
-        checkpoint = find_checkpoint(Path(resume).expanduser())
-    if resume is None:
-        return Start(create_run_folder(config.run, config.algorithm.section, recorded(config)), origin)
+        return _from_checkpoint(find_checkpoint(Path(resume).expanduser()), config, origin, world_size)
+    return Start(create_run_folder(config.run, config.algorithm.section, recorded(config)), origin)
+
+
+def _newest_of(folder: Path, config: Experiment, origin: dict[str, str], world_size: int) -> Start:
+    """Goes on in the run's folder: from its newest whole checkpoint, or anew where there cannot be one yet."""
+    if whole := whole_checkpoints(folder):
+        return _from_checkpoint(whole[-1], config, origin, world_size)
+    _refuse_to_lose_steps(folder, config.checkpoint.every)
+    return Start(folder, origin, is_new=False)
+
+
+def _from_checkpoint(checkpoint: Path, config: Experiment, origin: dict[str, str], world_size: int) -> Start:
     about = read_about(checkpoint)
     folder = checkpoint.resolve().parent.parent
     if checkpoint.resolve().parent.name != FOLDER or not (folder / "config.yaml").exists():
         raise ConfigError(
-            f"checkpoint.resume is {resume}: {checkpoint} does not lie in the {FOLDER}/ of a run's folder, where the "
-            "run could go on; move it back there"
+            f"checkpoint.resume is {config.checkpoint.resume}: {checkpoint} does not lie in the {FOLDER}/ of a run's "
+            "folder, where the run could go on; move it back there"
         )
     check_same(about, config, origin, world_size)
     return Start(folder, about.origin, is_new=False, checkpoint=(checkpoint, about))
@@ -274,13 +293,13 @@ def check_same(about: About, config: Experiment, origin: dict[str, str], world_s
         print(f"goes on with other means ({what}): the same run, but not to the last digit", file=sys.stderr)
 
 
-def _refuse_to_lose_steps(folder: Path, every: int) -> None:
-    """A run without a checkpoint starts anew only if it died before the first one was due."""
+def _refuse_to_lose_steps(folder: Path, every: int | None) -> None:
+    """A run without a checkpoint starts anew only if it died before the first one was due, or never writes any."""
     if not (folder / "config.yaml").exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} exists and is no run's folder; choose another run.name")
     metrics = folder / METRICS_FILE
     done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-    if done > every:
+    if every is not None and done > every:
         raise ConfigError(
             f"{folder} has {done} steps and no whole checkpoint, though checkpoint.every is {every}: to start anew, "
             "move it away or choose another run.name"

@@ -37,7 +37,7 @@ from rollout.backend.sync_plan import Layer
 from rollout.backend.weight_sync import Loaded, Weights, WeightSync
 from rollout.backend.worker import unlink_broadcast_queue
 from rollout.isolation import preserved_random_state, preserved_trainer_state
-from rollout.world import closed_to_the_network, init_world
+from rollout.world import check_machines, closed_to_the_network, init_world, machines_of_ranks
 
 StepObserver = Callable[[float, float], None]
 
@@ -120,6 +120,7 @@ class TorchrunExecutor(Executor):
         self._seeds = np.random.default_rng(self.model_config.seed)
         with preserved_trainer_state(), closed_to_the_network():
             world = init_world()
+            check_machines(self.parallel_config.tensor_parallel_size, machines_of_ranks())
             refuse_different_settings(self.vllm_config)
             self.thread = ExecuteThread(f"execute-rank{world.rank}")
             self.thread.run(self._build_worker, world.rank, world.local_rank)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rollout.backend.transpose import copy_into
+from rollout.world import machines_of_ranks
 
 Box = tuple[slice, ...]
 """A part of a tensor: a start and a stop for each dimension."""
@@ -156,14 +157,19 @@ def find_holders(held: Sequence[Mapping[str, Box | None]], shapes: Mapping[str, 
     return found
 
 
-def find_pieces(holders: Holders, needs: Sequence[Sequence[Need]]) -> list[Piece]:
+def find_pieces(
+    holders: Holders, needs: Sequence[Sequence[Need]], machines: Sequence[object] | None = None
+) -> list[Piece]:
     """Where every part of every need comes from; the same on all ranks, in the order in which they are needed.
 
-    A source without holders is there whole on every rank.
+    A source without holders is there whole on every rank. Between machines only that travels which no rank of the
+    receiver's machine holds.
 
     Args:
         needs: by rank.
+        machines: by rank, equal for ranks of one machine; None means that all are.
     """
+    machines = [None] * len(needs) if machines is None else machines
     pieces = []
     for receiver, of_rank in enumerate(needs):
         for number, need in enumerate(of_rank):
@@ -173,17 +179,18 @@ def find_pieces(holders: Holders, needs: Sequence[Sequence[Need]]) -> list[Piece
             for box, ranks in holders[need.source]:
                 part = overlap(need.box, box)
                 if part is not None:
-                    pieces.append(Piece(need, number, _sender(ranks, receiver), receiver, part))
+                    pieces.append(Piece(need, number, _sender(ranks, receiver, machines), receiver, part))
     # Receivers take turns: a bucket that is full for one of them is not empty for the others.
     return sorted(pieces, key=lambda piece: (piece.need.step, piece.number, piece.receiver))
 
 
-def _sender(holders: Sequence[int], receiver: int) -> int:
-    """The receiver itself, if it holds it; the others are spread over the holders."""
-    place = bisect_left(holders, receiver)
-    if place < len(holders) and holders[place] == receiver:
+def _sender(holders: Sequence[int], receiver: int, machines: Sequence[object]) -> int:
+    """The receiver itself, if it holds it; the others are spread over the holders, those of their machine if any is."""
+    near = [rank for rank in holders if machines[rank] == machines[receiver]] or holders
+    place = bisect_left(near, receiver)
+    if place < len(near) and near[place] == receiver:
         return receiver
-    return holders[(receiver - place) % len(holders)]
+    return near[(receiver - place) % len(near)]
 
 
 def make_buckets(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
@@ -246,7 +253,7 @@ class Channel:
     what the last one brought is put in its place.
 
     Args:
-        group: of all ranks; gloo on the CPU.
+        group: of all ranks of the job; gloo on the CPU.
         device: of the memory.
         limit: bytes that a rank sends at a time, and receives at a time: those of two buckets.
     """
@@ -254,6 +261,7 @@ class Channel:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, limit: int = BUCKET_BYTES) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.machines = [machine.key for machine in machines_of_ranks()]
         self.bucket_limit = limit // 2
         self.received_bytes = 0
         """Since it was made."""
@@ -353,7 +361,7 @@ class Exchange:
         self._needs = needs[channel.rank]
         self._targets = targets
         self._mine = {source: box for source, held in holders.items() for box, ranks in held if channel.rank in ranks}
-        pieces = find_pieces(holders, needs)
+        pieces = find_pieces(holders, needs, channel.machines)
         buckets = make_buckets(pieces, channel.bucket_limit)
         self.copies: dict[int, list[tuple[torch.Tensor, str, Box]]] = defaultdict(list)
         for piece in pieces:

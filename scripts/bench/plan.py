@@ -59,6 +59,7 @@ class Settings:
         largest_batch: of all turns to come: the KV cache holds it whole.
         memory_share: of a GPU's memory that this system may fill (CUDA only).
         step_ms: of the simulated accelerator; None runs the model.
+        replicas: of the engine in one job; a batch is shared out over them.
     """
 
     system: str
@@ -73,6 +74,7 @@ class Settings:
     enforce_eager: bool = False
     memory_share: float = 0.9
     step_ms: float | None = None
+    replicas: int = 1
 
     @property
     def stock(self) -> bool:

@@ -49,6 +49,7 @@ class Ours:
 
     def __init__(self, settings: Settings, world: World, kv_gib: float, budget: int) -> None:
         self.world = world
+        self.replicas = settings.replicas
         self.engine = RolloutEngine(
             settings.model,
             RolloutConfig(
@@ -79,6 +80,8 @@ class Ours:
         sampling = SamplingConfig(max_tokens=max_tokens, ignore_eos=True)
         start = time.perf_counter()
         batch = self.engine.generate(mine, sampling)
+        if self.replicas > 1:
+            dist.barrier()  # the phase lasts until the slowest one's end
         seconds = time.perf_counter() - start
         check_lengths(batch.response_lengths.tolist(), len(mine), max_tokens)
         timeline, metrics = self.engine.timeline, self.engine.metrics

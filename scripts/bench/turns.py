@@ -56,7 +56,7 @@ class System:
             os.mkfifo(pipe)
         # Opened for both directions: opening waits for nobody, and a write into the pipe of the dead raises nothing.
         self._turns, self._answers = (os.open(pipe, os.O_RDWR) for pipe in pipes)
-        self._process = self._start(settings.tensor_parallel_size)
+        self._process = self._start(settings.tensor_parallel_size * settings.replicas)
 
     def answer(self) -> dict[str, Any]:
         """The next line of rank 0: how it was built, after the start; a turn's figures, after `take`.

@@ -50,6 +50,22 @@ def test_replicas_share_the_sending(ranks: list[dict]) -> None:
         assert ranks[0]["spread"] == [32, 32, 32, 32]
 
 
+def test_between_machines_only_that_travels_which_the_receivers_lacks() -> None:
+    rows = [(slice(start, start + 2), slice(0, 4)) for start in range(0, 8, 2)]
+    shape, whole = torch.Size([8, 4]), (slice(0, 8), slice(0, 4))
+    needs = [[Need(0, "it", whole, torch.float32)] for _ in range(4)]
+    machines = ["a", "a", "b", "b"]
+
+    def over_the_network(held: list) -> int:
+        holders = find_holders([{"it": box} for box in held], {"it": shape})
+        pieces = find_pieces(holders, needs, machines)
+        return sum(volume(each.box) for each in pieces if machines[each.sender] != machines[each.receiver])
+
+    halves = [(slice(start, start + 4), slice(0, 4)) for start in (0, 4)]
+    assert over_the_network([halves[0], halves[1], halves[0], halves[1]]) == 0, "each machine has all of it"
+    assert over_the_network(rows) == 4 * 16, "to each rank, the half that its machine lacks"
+
+
 def test_other_layouts_are_left_out(ranks: list[dict]) -> None:
     for rank in ranks:
         left_out = rank["left_out"]

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 replicas_worker.py MODEL OUT [TENSOR_PARALLEL_SIZE]
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,24 @@ def of_a_sharded_policy(engine: RolloutEngine, model: str) -> dict[str, bool]:
     return found
 
 
+def balanced(model: str, config: RolloutConfig) -> dict[str, object]:
+    """The same prompts on each rank, by replicas on their own and by replicas that share them out.
+
+    Rank 0's are the first of the job in both, and so are their streams: whoever answers them says the same.
+    """
+    prompts = [[10 + number, 20, 30] for number in range(3)]
+    sampling = SamplingConfig(max_tokens=12, n=2, ignore_eos=True)
+    said = {}
+    for balance in (False, True):
+        with RolloutEngine(model, replace(config, dtype="float32", balance=balance)) as engine:
+            batch = engine.generate(prompts, sampling, seed=5)
+            said[balance] = [rollout.response_ids.tolist() for rollout in batch]
+            none = engine.generate(
+                [[1, 2]] if engine.world.rank == 0 else [], sampling
+            )  # one replica has nothing to do
+    return {"alone": said[False], "balanced": said[True], "few": len(none)}
+
+
 def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
     size = int(sys.argv[3]) if len(sys.argv) > 3 else 1
@@ -46,6 +65,8 @@ def main() -> None:
         batch = engine.generate(prompts, SamplingConfig(max_tokens=4 + 8 * rank, n=2, ignore_eos=True))
         result = {"rows": len(batch), "tokens": int(batch.response_lengths.sum()), "metrics": engine.metrics}
         result["sync"] = of_a_sharded_policy(engine, model)
+    if size == 1:
+        result["balance"] = balanced(model, config)
     (out / f"rank{engine.world.rank}.json").write_text(json.dumps(result))
 
 

@@ -16,6 +16,11 @@ def test_replicas_generate_on_their_own(small_vocabulary_model_path: Path, tmp_p
     assert [(result["rows"], result["tokens"]) for result in results] == [(4, 16), (10, 120)]
     assert [result["metrics"]["rollout/generated_tokens"] for result in results] == [16, 120]
     assert [result["sync"] for result in results] == [{"(2,)": True, "(2, 1)": True}] * 2
+    first, second = (result["balance"] for result in results)
+    assert first["balanced"] == first["alone"], "who answers does not change what is said"
+    assert second["alone"] != first["alone"], "the same prompts, by random streams of their own"
+    assert second["balanced"] not in (second["alone"], first["alone"])
+    assert (first["few"], second["few"]) == (2, 0)
 
 
 def test_replicas_of_two_ranks_take_shards_of_four(small_vocabulary_model_path: Path, tmp_path: Path) -> None:

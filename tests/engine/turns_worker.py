@@ -137,7 +137,7 @@ def in_parts(engine: RolloutEngine) -> dict[str, Any]:
     drafts = [Draft(np.array(ids, np.int32), 0) for ids in prompts(engine.world.rank)]
     drafts = [replace(draft) for draft in drafts for _ in range(SAMPLING.n)]
     phases = 0
-    while any(engine.everyones(any(not draft.done for draft in drafts))):
+    while engine.any_rank(any(not draft.done for draft in drafts)):
         for draft in drafts:
             draft.allowance = PART
         advance_drafts(engine, drafts, SAMPLING, one_by_one(environment), MAX_TURNS, SEED)

@@ -84,6 +84,7 @@ def main() -> None:
     out, how, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     world = init_world()
     (out / f"pid{world.rank}").write_text(str(os.getpid()))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(world.rank)  # as on nodes of which one came in place of another
     with watched(out, stall_timeout_s=2.0) as watch:
         dist.barrier()
         (out / "start").write_text(repr(time.time()))

@@ -73,7 +73,7 @@ def constants_of(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
 def variables(tree: ast.Module, constants: dict[str, ast.expr], file: Path) -> Iterator[str]:
     """The names with which a file looks into os.environ, or which it adds to a copy."""
     assigned = {n.targets[0].id: n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and is_name(n.targets[0])}
-    loops = dict(loops_of(tree))
+    loops, constants = dict(loops_of(tree)), constants | dict(constants_of(tree))
     for node in ast.walk(tree):
         for key in keys_of(node, assigned):
             while isinstance(key, ast.Name):

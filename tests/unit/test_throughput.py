@@ -206,9 +206,10 @@ def test_groups_add_their_tokens_and_share_the_longest_time():
         kv_cache_usage_peak=0.75,
     )
     merged = merge_groups([small, large])
-    assert merged.keys() == small.keys()
+    assert merged.keys() == small.keys() | {"rollout/imbalance"}
     assert merged["rollout/generated_tokens"] == 96  # 12 + 12 * 7
     assert merged["rollout/generated_tokens_per_s"] == pytest.approx(9.6, **EXACT)  # 96 / 10 s
+    assert merged["rollout/imbalance"] == pytest.approx(1.25, **EXACT)  # 10 s / 8 s
     assert merged["rollout/sequences"] == 16
     assert merged["rollout/preemptions"] == 6
     assert merged["rollout/kv_cache_usage"] == 0.75
@@ -225,4 +226,5 @@ def test_one_group_merges_to_itself():
 def test_every_name_is_explained_in_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     explained = set(re.findall(r"^\| `([^`]+)`", page, flags=re.MULTILINE))
-    assert metrics_of(synchronous_timeline()).keys() <= explained
+    metrics = metrics_of(synchronous_timeline())
+    assert merge_groups([metrics, metrics]).keys() <= explained

@@ -31,7 +31,10 @@ class ScriptedEngine:
         return figures | {"rollout/preemptions": 0, "rollout/sequences": 100 - number, "rollout/kv_cache_usage": 0.5}
 
     def everyones(self, value: Any) -> list[Any]:
-        return [value, len(self.calls) < self.others] if isinstance(value, bool) else [value]
+        return [value]
+
+    def any_rank(self, value: bool) -> bool:
+        return value or len(self.calls) < self.others
 
     def generate(self, prompts, sampling, *, seed, samples, max_tokens, streams) -> RolloutBatch:
         self.calls.append({"prompts": prompts, "samples": samples, "max_tokens": max_tokens, "streams": streams})
