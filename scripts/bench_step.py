@@ -96,14 +96,14 @@ def with_rest(steps: list[float], generate: list[float], sync: list[float], peak
     return Run(steps, dict(zip(PHASES, (generate, sync, train), strict=True)), peak)
 
 
-def torchrun(words: list[str], folder: Path, site: Path | None = None) -> tuple[str, float]:
-    """Run it on two ranks; returns what it printed, and the peak GiB of a rank.
+def torchrun(words: list[str], folder: Path, site: Path | None = None, ranks: int = 2) -> tuple[str, float]:
+    """Run it; returns what it printed, and the peak GiB of a rank.
 
     Raises:
         RuntimeError: if it fails; with the end of its output.
         TimeoutError: if it is not done in time.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", *words]
     paths = [str(site) if site else "", os.environ.get("PYTHONPATH", "")]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

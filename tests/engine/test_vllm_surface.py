@@ -95,6 +95,7 @@ SURFACE = {
     "vllm.v1.core.sched.request_queue": ["FCFSRequestQueue.rotate"],
     "vllm.v1.core.sched.scheduler": [
         "Scheduler.schedule",
+        "Scheduler(vllm_config, kv_cache_config, structured_output_manager, block_size, log_stats)",
         "Scheduler.update_from_output(scheduler_output, model_runner_output)",
         "Scheduler.has_requests",
         "Scheduler.add_request(request)",
@@ -122,6 +123,11 @@ SURFACE = {
         "Executor.supports_async_scheduling",
     ],
     "vllm.v1.executor.uniproc_executor": ["ExecutorWithExternalLauncher._distributed_args"],
+    "vllm.v1.kv_cache_interface": [
+        "FullAttentionSpec(block_size, num_kv_heads, head_size, dtype)",
+        "KVCacheConfig(num_blocks, kv_cache_tensors, kv_cache_groups)",
+        "KVCacheGroupSpec(layer_names, kv_cache_spec)",
+    ],
     "vllm.v1.outputs": [
         "AsyncModelRunnerOutput.get_output",
         "ModelRunnerOutput",
@@ -143,6 +149,7 @@ SURFACE = {
     ],
     "vllm.v1.sample.sampler": ["Sampler.forward(logits, sampling_metadata)"],
     "vllm.v1.serial_utils": ["run_method"],
+    "vllm.v1.structured_output": ["StructuredOutputManager(vllm_config)"],
     "vllm.v1.worker.cpu_model_runner": [
         "CPUModelRunner.get_model",
         "CPUModelRunner(vllm_config, device)",
@@ -232,7 +239,7 @@ FIELDS = {
     ("vllm.config", "VllmConfig"): ["kv_transfer_config", "ec_transfer_config", "additional_config"],
     ("vllm.config", "ParallelConfig"): ["data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"],
     ("vllm.config", "ModelConfig"): ["model", "seed", "dtype", "max_model_len", "enforce_eager"],
-    ("vllm.config", "CacheConfig"): ["block_size", "enable_prefix_caching"],
+    ("vllm.config", "CacheConfig"): ["block_size", "enable_prefix_caching", "num_gpu_blocks"],
     ("vllm.config", "SchedulerConfig"): [
         "policy",
         "max_num_seqs",
