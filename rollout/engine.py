@@ -207,10 +207,11 @@ class RolloutEngine:
         """
         if version < 0:
             raise ValueError(f"version is {version}; it must be at least 0")
-        check_adapters(policy)
-        with self._fence.one_caller(), self._fence.busy("syncing weights"):
-            self._core.executor.take_again("weights")
-            report = sync_policy(self._core, policy, version)
+        with self._fence.one_caller():
+            check_adapters(policy)
+            with self._fence.busy("syncing weights"):
+                self._core.executor.take_again("weights")
+                report = sync_policy(self._core, policy, version)
         self._version, self._synced, self._weights_lost = version, weakref.ref(policy), False
         return report
 

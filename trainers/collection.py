@@ -3,6 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,65 +29,69 @@ SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
 
 
-def generate_rounds(
-    engine: RolloutEngine,
-    stream: PromptStream,
-    environment: Environment,
-    scorer: Scorer,
-    config: Experiment,
-    step: int,
-    phase: Callable,
-) -> tuple[list[Round], dict[str, float]]:
-    """Generate and score; where equal groups are dropped, again until enough are found or the rounds are used up.
+@dataclass(frozen=True)
+class Collector:
+    """Where a step's responses come from: prompts, engine, environment and rewards.
 
-    Every rank makes as many rounds: how many groups were found is counted over all of them.
-
-    Returns:
-        This rank's rounds; and the rollout/*, rank/* and reward/* metrics of all of them, all ranks.
+    Attributes:
+        phase: takes the time of what is done inside, by name.
     """
-    hyper = config.algorithm
-    rounds: list[Round] = []
-    of_rounds: list[dict[str, float]] = []
-    while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
-        examples = next(stream)
-        with engine.awake(), phase("generate"):
-            seed = round_seed(step, len(rounds))
-            scoring = scorer.begin(examples)
+
+    engine: RolloutEngine
+    stream: PromptStream
+    environment: Environment
+    scorer: Scorer
+    unfinished: Unfinished
+    config: Experiment
+    phase: Callable[[str], AbstractContextManager[None]]
+
+    def collect(self, step: int) -> tuple[list[Round], dict[str, float]]:
+        """Generate and score what the step trains on; a collective.
+
+        Returns:
+            This rank's rounds; and the rollout/*, rank/* and reward/* metrics of all of them, all ranks.
+        """
+        return self._partly(step) if self.config.partial.is_on else self._in_rounds(step)
+
+    def _in_rounds(self, step: int) -> tuple[list[Round], dict[str, float]]:
+        """Where equal groups are dropped, again until enough are found or the rounds are used up.
+
+        Every rank makes as many rounds: how many groups were found is counted over all of them.
+        """
+        hyper = self.config.algorithm
+        rounds: list[Round] = []
+        of_rounds: list[dict[str, float]] = []
+        while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
+            examples = next(self.stream)
+            with self.engine.awake(), self.phase("generate"):
+                seed = round_seed(step, len(rounds))
+                scoring = self.scorer.begin(examples)
+                cpu_s = time.process_time()
+                rollouts, of_group = self.environment.generate(
+                    self.engine, examples, self.config.sampling, seed, scoring.on_step
+                )
+                of_rounds.append(rollout_metrics(self.engine, of_group, time.process_time() - cpu_s))
+            with self.phase("reward"):
+                rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
+        scores = join_scores([each.scores for each in rounds])
+        return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
+
+    def _partly(self, step: int) -> tuple[list[Round], dict[str, float]]:
+        """Go on with what was carried, begin the step's prompts, and score the groups that are complete: one round."""
+        with self.engine.awake(), self.phase("generate"):
+            drafts, examples = self.unfinished.begin(next(self.stream), self.config.sampling.n, step)
             cpu_s = time.process_time()
-            rollouts, of_group = environment.generate(engine, examples, config.sampling, seed, scoring.on_step)
-            of_rounds.append(rollout_metrics(engine, of_group, time.process_time() - cpu_s))
-        with phase("reward"):
-            rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
-    scores = join_scores([each.scores for each in rounds])
-    return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
-
-
-def generate_partly(
-    engine: RolloutEngine,
-    stream: PromptStream,
-    unfinished: Unfinished,
-    environment: Environment,
-    scorer: Scorer,
-    config: Experiment,
-    step: int,
-    phase: Callable,
-) -> tuple[list[Round], dict[str, float]]:
-    """Go on with what was carried, begin the step's prompts, and score the groups that are complete.
-
-    Returns:
-        As `generate_rounds`: one round, of this rank's complete groups, which may be none.
-    """
-    with engine.awake(), phase("generate"):
-        drafts, examples = unfinished.begin(next(stream), config.sampling.n, step)
-        cpu_s = time.process_time()
-        of_group = environment.advance(engine, drafts, examples, config.sampling, round_seed(step, 0))
-        metrics = rollout_metrics(engine, of_group, time.process_time() - cpu_s)
-        complete, examples = unfinished.take_complete()
-        rollouts = environment.joined(complete, engine.version)
-    with phase("reward"):
-        scores = scorer.score(rollouts, examples)
-    carried = {"rollout/carried": sum_over_ranks(torch.tensor(unfinished.num_rows)).item()} | version_lag(rollouts)
-    return [Round(examples, rollouts, scores)], metrics | carried | scores.metrics() | reward_metrics(scores.total)
+            of_group = self.environment.advance(
+                self.engine, drafts, examples, self.config.sampling, round_seed(step, 0)
+            )
+            metrics = rollout_metrics(self.engine, of_group, time.process_time() - cpu_s)
+            complete, examples = self.unfinished.take_complete()
+            rollouts = self.environment.joined(complete, self.engine.version)
+        with self.phase("reward"):
+            scores = self.scorer.score(rollouts, examples)
+        carried = {"rollout/carried": sum_over_ranks(torch.tensor(self.unfinished.num_rows)).item()}
+        metrics |= carried | version_lag(rollouts) | scores.metrics() | reward_metrics(scores.total)
+        return [Round(examples, rollouts, scores)], metrics
 
 
 def version_lag(rollouts: RolloutBatch) -> dict[str, float]:

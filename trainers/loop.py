@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 from rollout import RolloutEngine, Watch, World, beat, init_world, span, watched
 from trainers.batching import TrainBatch
 from trainers.checkpoint import About, save
-from trainers.collection import batch_of, generate_partly, generate_rounds, samples_of, write_samples
+from trainers.collection import Collector, batch_of, samples_of, write_samples
 from trainers.config import Experiment
 from trainers.dashboard import Dashboard, memory_metrics
 from trainers.data import Example, PromptStream
+from trainers.dynamic_sampling import Round
 from trainers.environment import Environment
 from trainers.evaluation import evaluate_and_show, is_due
 from trainers.export import export_policy
@@ -57,6 +58,25 @@ class Algorithm:
     loss: Loss
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of, but for engine and policy.
+
+    Attributes:
+        stream: this rank's prompts to train on.
+        held_out: all prompts to evaluate on.
+    """
+
+    config: Experiment
+    algorithm: Algorithm
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    stream: PromptStream
+    held_out: Sequence[Example]
+    environment: Environment
+    scorer: Scorer
+
+
 def train(config: Experiment, algorithm: Algorithm) -> Path:
     """Run the experiment; called by every rank.
 
@@ -78,32 +98,20 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
         Environment(config.environment, tokenizer, beat) as environment,
         Scorer(config.reward, tokenizer, beat, environment.dialogue) as scorer,
     ):
+        job = Job(config, algorithm, world, tokenizer, stream, held_out, environment, scorer)
         start = agreed_start(config, stream.examples, world)
         with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
-            learn(config, algorithm, world, stream, held_out, environment, scorer, tokenizer, start, watch)
+            learn(job, start, watch)
     # DDP and the engine are gone by now: a process group that loses its last user only later can hang its threads.
     dist.barrier()
     dist.destroy_process_group()
     return start.folder
 
 
-def learn(
-    config: Experiment,
-    algorithm: Algorithm,
-    world: World,
-    stream: PromptStream,
-    held_out: Sequence[Example],
-    environment: Environment,
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    start: Start,
-    watch: Watch,
-) -> None:
+def learn(job: Job, start: Start, watch: Watch) -> None:
     """All steps of the run that are left: generate, score, update; and the evaluations between them."""
-    folder, steps = start.folder, config.algorithm.steps
-    if world.is_main and config.run.progress:
-        compiling = "" if config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
-        print(f"{folder}: starting the engine{compiling}", file=sys.stderr, flush=True)
+    config, world, folder, steps = job.config, job.world, start.folder, job.config.algorithm.steps
+    announce(job, folder)
     with (
         RolloutEngine(config.model.path, config.rollout) as engine,
         Dashboard(folder, config.wandb, config.run, steps, world.is_main, start.wandb_id, start.step) as dashboard,
@@ -121,51 +129,61 @@ def learn(
             with watch.busy("evaluating"), engine.awake():
                 engine.sync_weights(learner.policy.language_model, version=step)
                 return evaluate_and_show(
-                    engine, held_out, scorer, tokenizer, config.sampling, config.evaluation, step, dashboard,
-                    environment.generate,
+                    engine, job.held_out, job.scorer, job.tokenizer, config.sampling, config.evaluation, step,
+                    dashboard, job.environment.generate,
                 )  # fmt: skip
 
-        learner = make_learner(config, algorithm.load(config), world.device)
-        unfinished = Unfinished(config.partial, stream.examples)
-        restore(start, learner, stream, config.run.seed)
+        learner = make_learner(config, job.algorithm.load(config), world.device)
+        unfinished = Unfinished(config.partial, job.stream.examples)
+        collector = Collector(engine, job.stream, job.environment, job.scorer, unfinished, config, phase)
+        restore(start, learner, job.stream, config.run.seed)
         restore_carried(start, unfinished, world)
         for step in range(start.step, steps):
             evaluated = evaluation(step)
             timeline = timed_by_thread(step, config.run.timeline_steps, folder, world)
-            with timeline, timed_step(dashboard, step) as metrics:
-                metrics |= evaluated
+            with timeline, timed_step(dashboard, step, evaluated) as metrics:
                 with phase("sync"):
                     metrics |= engine.sync_weights(learner.policy.language_model, version=step).metrics()
-                if config.partial.is_on:
-                    rounds, found = generate_partly(
-                        engine, stream, unfinished, environment, scorer, config, step, phase
-                    )
-                else:
-                    rounds, found = generate_rounds(engine, stream, environment, scorer, config, step, phase)
+                rounds, found = collector.collect(step)
                 metrics |= found
-                with phase("no_grad"):
-                    batch, found = batch_of(rounds, config, world)
-                    metrics |= found
-                    trained = metrics.get("rollout/trained_groups", 1)  # the same on all ranks
-                    if trained:
-                        batch = algorithm.targets(with_old_figures(batch, learner, config), config)
-                if trained:
-                    with phase("optimize"):
-                        metrics |= optimize(batch, learner, algorithm.loss, config, seed=step)
+                metrics |= update_policy(job, learner, rounds, step, phase)
             if world.is_main:
-                samples = samples_of(step, rounds[0], tokenizer, environment.dialogue)
+                samples = samples_of(step, rounds[0], job.tokenizer, job.environment.dialogue)
                 write_samples(folder, samples)
                 dashboard.log_samples(step, samples)
             if config.checkpoint.is_due(step, last=step + 1 == steps):  # after all that is recorded of the step
                 with phase("checkpoint"):
-                    about = about_now(config, start, step + 1, stream, world, dashboard)
-                    carried = unfinished.to_bytes()
-                    save(folder, about, learner, config.checkpoint.keep, config.run.private, carried)
+                    about = about_now(job, start, step + 1, dashboard)
+                    save(folder, about, learner, config.checkpoint.keep, config.run.private, unfinished.to_bytes())
         if evaluated := evaluation(steps):
             dashboard.log(steps, evaluated)
-        export_policy(folder / "policy", learner.policy.language_model, tokenizer, config.rollout.dtype)
+        export_policy(folder / "policy", learner.policy.language_model, job.tokenizer, config.rollout.dtype)
         if world.is_main:
             plot_run(folder)
+
+
+def update_policy(
+    job: Job, learner: Learner, rounds: Sequence[Round], step: int, phase: Callable[[str], AbstractContextManager[None]]
+) -> dict[str, float]:
+    """What the step learns from its responses; a collective.
+
+    Returns:
+        The train/* metrics; nothing of an update where no prompt is there to be trained on.
+    """
+    with phase("no_grad"):
+        batch, metrics = batch_of(rounds, job.config, job.world)
+        if metrics.get("rollout/trained_groups") == 0:  # the same on all ranks
+            return metrics
+        batch = job.algorithm.targets(with_old_figures(batch, learner, job.config), job.config)
+    with phase("optimize"):
+        return metrics | optimize(batch, learner, job.algorithm.loss, job.config, seed=step)
+
+
+def announce(job: Job, folder: Path) -> None:
+    """Say on rank 0 where the run lies, and that it may take a while to begin."""
+    if job.world.is_main and job.config.run.progress:
+        slow = "" if job.config.rollout.enforce_eager else "; compiling takes a minute or two where no cache has it"
+        print(f"{folder}: starting the engine{slow}", file=sys.stderr, flush=True)
 
 
 def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[PromptStream, list[Example]]:
@@ -188,18 +206,20 @@ def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) ->
         )
 
 
-def about_now(
-    config: Experiment, start: Start, step: int, stream: PromptStream, world: World, dashboard: Dashboard
-) -> About:
+def about_now(job: Job, start: Start, step: int, dashboard: Dashboard) -> About:
     """What a checkpoint after `step` steps says of itself."""
-    settings, name = dataclasses.asdict(config), config.algorithm.section
-    return About(step, stream.position, world.size, name, settings, start.origin, dashboard.wandb_id)
+    settings, name = dataclasses.asdict(job.config), job.config.algorithm.section
+    return About(step, job.stream.position, job.world.size, name, settings, start.origin, dashboard.wandb_id)
 
 
 @contextmanager
-def timed_step(dashboard: Dashboard, step: int) -> Iterator[dict[str, float]]:
-    """Collect a step's metrics and log them at its end, with the rates of the whole step."""
-    metrics: dict[str, float] = {}
+def timed_step(dashboard: Dashboard, step: int, evaluated: dict[str, float]) -> Iterator[dict[str, float]]:
+    """Collect a step's metrics and log them at its end, with the rates of the whole step.
+
+    Args:
+        evaluated: what an evaluation before the step has found.
+    """
+    metrics = dict(evaluated)
     start = time.perf_counter()
     yield metrics
     seconds = time.perf_counter() - start

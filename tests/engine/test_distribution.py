@@ -8,7 +8,7 @@ from scipy import stats
 
 from tests.launch import launch
 
-pytestmark = pytest.mark.timeout(900)  # three engines, one after the other
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # three engines, one after the other
 
 WORKER = Path(__file__).with_name("distribution_worker.py")
 SYSTEMS = {"one rank": ("ours", None), "two ranks": ("ours", 2), "stock": ("stock", None)}

@@ -120,6 +120,7 @@ def test_the_kernels_of_this_machine_run(ranks: list[dict]) -> None:
     assert {rank["asynchronous"]["describe"]["kernels"] for rank in ranks} == {expected}
 
 
+@pytest.mark.slow
 def test_rollouts_go_on_where_the_kernels_cannot_be_compiled(
     small_vocabulary_model_path: Path, single_process: dict, tmp_path: Path
 ) -> None:

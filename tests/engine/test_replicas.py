@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.launch import launch
 
 WORKER = Path(__file__).with_name("replicas_worker.py")
@@ -23,6 +25,7 @@ def test_replicas_generate_on_their_own(small_vocabulary_model_path: Path, tmp_p
     assert (first["few"], second["few"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_replicas_of_two_ranks_take_shards_of_four(small_vocabulary_model_path: Path, tmp_path: Path) -> None:
     done = launch([WORKER, small_vocabulary_model_path, tmp_path, "2"], nproc=4, timeout_s=240)
     assert done.returncode == 0, done.stderr[-4000:]

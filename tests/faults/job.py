@@ -29,7 +29,7 @@ from rollout.backend.weight_sync import PlannedSync
 from trainers.cli import run_cli
 from trainers.config import PPOConfig
 from trainers.ppo import train_ppo
-from trainers.scoring import Scorer
+from trainers.scoring import Scoring
 
 AT_DECODE_STEP, REQUEST = 5, "3"
 
@@ -200,7 +200,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "exception in schedule": lambda step: in_decoding(step, scheduling, raises("schedule")),
     # The first sync proves its plan with one load more than the others.
     "exception in weight copy": lambda step: before(PlannedSync, "load", step + 1, raises("weight copy")),
-    "exception in reward": lambda step: before(Scorer, "score", step, raises("reward")),
+    "exception in reward": lambda step: before(Scoring, "finish", step, raises("reward")),
     "exception in backward": lambda step: before(
         trainers.loop, "optimize", step, lambda *_: before(Accelerator, "backward", 0, raises("backward"))
     ),
@@ -211,12 +211,12 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "SIGTERM of the launcher": lambda step: in_decoding(step, execution, sends(signal.SIGTERM, os.getppid)),
     "Ctrl-C": lambda step: in_decoding(step, execution, sends(signal.SIGINT, os.getppid)),
     "SIGKILL of everybody": lambda step: in_decoding(step, execution, kills_the_whole_job),
-    "sys.exit(0) in reward": lambda step: before(Scorer, "score", step, leaves),
+    "sys.exit(0) in reward": lambda step: before(Scoring, "finish", step, leaves),
     "out of memory": lambda step: in_decoding(step, execution, takes_too_much_memory),
     "step that never ends": lambda step: in_decoding(step, execution, hangs),
-    "reward that never returns": lambda step: before(Scorer, "score", step, hangs),
-    "reward that holds the interpreter": lambda step: before(Scorer, "score", step, hangs_with_the_lock),
-    "data worker that dies": lambda step: before(Scorer, "score", step, loses_a_data_worker),
+    "reward that never returns": lambda step: before(Scoring, "finish", step, hangs),
+    "reward that holds the interpreter": lambda step: before(Scoring, "finish", step, hangs_with_the_lock),
+    "data worker that dies": lambda step: before(Scoring, "finish", step, loses_a_data_worker),
     "NaN logits": lambda step: in_decoding(step, execution, spoils_the_logits),
     "flipped token": lambda step: in_decoding(step, taking_output, flips_a_token),
     "skipped step": lambda step: in_decoding(step, scheduling, skips_a_step),

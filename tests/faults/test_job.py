@@ -68,7 +68,7 @@ ONLY_RANK_0 = ("full disk", "SIGKILL of everybody", "SIGKILL of the launcher", "
 WHOLE_STEPS = {"another config": 0, "full disk": 3}  # elsewhere as many as before the fault
 QUICK = {
     ("dropped request", 1),
-    ("SIGSTOP of the rank", 1),
+    ("exception in reward", 1),
 }
 CASES = [
     pytest.param(fault, rank, marks=() if (fault, rank) in QUICK else pytest.mark.slow, id=f"{fault}, rank {rank}")

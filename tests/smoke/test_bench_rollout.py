@@ -35,6 +35,7 @@ def bench(model: Path, folder: Path, *more: str) -> tuple[dict, list[dict]]:
     return found, json.loads((folder / "trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_stock_and_ours_on_the_model_itself(tiny_model_path: Path, tmp_path: Path) -> None:
     found, events = bench(tiny_model_path, tmp_path, "--systems=stock_sync,ours_async")
     stock, ours = found["rows"]

@@ -18,6 +18,7 @@ if os.environ["RANK"] == "0":
 """
 
 
+@pytest.mark.slow
 def test_both_systems_in_turns(tiny_model_path: Path, tmp_path: Path) -> None:
     peer = tmp_path / "peer.py"
     peer.write_text(PEER)

@@ -128,6 +128,7 @@ def test_grpo_in_shards_under_torchrun(tiny_model_path: Path, tmp_path: Path) ->
         assert 0.9 < row["train/mismatch_weight"] < 1.1
 
 
+@pytest.mark.slow
 def test_the_default_model_keeps_the_bfloat16_limit(model_path: Path, tmp_path: Path) -> None:
     """The limit that docs/results.md states, on the model that it is stated for."""
     task = ["sampling.max_tokens=16", "data.instruction= Answer with only the number.", "ppo.prompts_per_step=32"]

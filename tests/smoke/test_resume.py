@@ -113,6 +113,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert done.returncode == 1 and "exists and is not overwritten" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_rank_goes_on_as_two_and_back(
     tiny_model_path: Path, uninterrupted: Path, interrupted: Path, tmp_path: Path
 ) -> None:

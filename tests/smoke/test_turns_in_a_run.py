@@ -1,4 +1,4 @@
-"""A run with an environment in worker processes, which fails now and then; and its evaluation."""
+"""A run with an environment in a worker process, which fails now and then; and its evaluation."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,10 @@ from tests.launch import launch
 
 # The tiny model talks nonsense and ends its turns by chance: every text is a question.
 TEACHER = """
-import time
-
 def teacher(episode):
     said = episode.turns[-1]
     if len(said) % 5 == 0:
-        time.sleep(1000)
+        raise ValueError("five letters")
     return None if len(episode.turns) > 3 else f"{len(said)} letters. Go on."
 
 def turns(response, answer, sample):
@@ -31,7 +29,7 @@ def test_a_run_of_several_turns(tiny_model_path: Path, tmp_path: Path) -> None:
     ]
     stops = f"sampling.stop_token_ids={list(range(1000, 20000))}"
     environment = [f"environment.function={tmp_path}/mine.py:teacher", "environment.max_turns=3"]
-    environment += ["environment.workers=1", "environment.timeout_s=0.3", "environment.on_error=cut"]
+    environment += ["environment.workers=1", "environment.on_error=cut"]
     reward = [f'reward.functions=["{tmp_path}/mine.py:turns"]', "reward.require_finish=false"]
     evaluation = ["evaluation.every=2", "evaluation.held_out=0.2", "evaluation.prompts=2", "evaluation.temperature=0"]
     steps = ["sampling.n=2", "ppo.prompts_per_step=4", "ppo.steps=2", "ppo.kl_coef=0.01", "data.system_prompt="]
