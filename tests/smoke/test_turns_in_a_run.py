@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tests.launch import launch
 
+WORKER = Path(__file__).with_name("turns_run_worker.py")
+
 # The tiny model talks nonsense and ends its turns by chance: every text is a question.
 TEACHER = """
 def teacher(episode):
@@ -27,15 +29,14 @@ def test_a_run_of_several_turns(tiny_model_path: Path, tmp_path: Path) -> None:
         "rollout.kv_cache_gib=0.25",
         "sampling.max_tokens=12",
     ]
-    stops = f"sampling.stop_token_ids={list(range(1000, 20000))}"
     environment = [f"environment.function={tmp_path}/mine.py:teacher", "environment.max_turns=3"]
     environment += ["environment.workers=1", "environment.on_error=cut"]
     reward = [f'reward.functions=["{tmp_path}/mine.py:turns"]', "reward.require_finish=false"]
     evaluation = ["evaluation.every=2", "evaluation.held_out=0.2", "evaluation.prompts=2", "evaluation.temperature=0"]
     steps = ["sampling.n=2", "ppo.prompts_per_step=4", "ppo.steps=2", "ppo.kl_coef=0.01", "data.system_prompt="]
-    words = [*size, stops, *environment, *reward, *evaluation, *steps, "rollout.enforce_eager=true"]
+    words = [*size, *environment, *reward, *evaluation, *steps, "rollout.enforce_eager=true"]
     run = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}", "run.name=run", "wandb.mode=disabled"]
-    done = launch(["scripts/ppo.py", *words, *run], nproc=2, timeout_s=120)
+    done = launch([WORKER, *words, *run], nproc=2, timeout_s=120)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.left_running == []
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
