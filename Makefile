@@ -15,7 +15,7 @@ DEVICE ?= $(if $(filter-out 0,$(GPUS)),cuda,cpu)
 NPROC ?= $(if $(filter cuda1,$(DEVICE)$(GPUS)),1,2)
 CONFIG ?= configs/ppo_arithmetic.yaml
 MODEL := models/smollm2-135m-tp2
-DOCS_TESTS := $(addprefix tests/unit/test_,project.py reference.py metrics.py troubleshooting.py cluster.py)
+DOCS_TESTS := $(addprefix tests/unit/test_,docs.py project.py reference.py metrics.py troubleshooting.py cluster.py)
 ARGS ?=
 
 REQUIREMENTS_cpu := requirements/cpu.lock
