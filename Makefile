@@ -15,6 +15,7 @@ DEVICE ?= $(if $(filter-out 0,$(GPUS)),cuda,cpu)
 NPROC ?= $(if $(filter cuda1,$(DEVICE)$(GPUS)),1,2)
 CONFIG ?= configs/ppo_arithmetic.yaml
 MODEL := models/smollm2-135m-tp2
+DOCS_TESTS := $(addprefix tests/unit/test_,docs.py project.py reference.py metrics.py troubleshooting.py cluster.py)
 ARGS ?=
 
 REQUIREMENTS_cpu := requirements/cpu.lock
@@ -33,10 +34,10 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup model ppo bench faults soak test lint types reference lock clean
+.PHONY: help setup model ppo bench faults soak test docs-check lint types reference lock clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## the virtual environment, from the pinned lock
 
@@ -56,6 +57,9 @@ soak: $(READY) ## two thousand phases of generation and weight sync: no error, a
 
 test: $(READY) $(MODEL) ## every test, the quick ones first
 	$(BIN)/python -m pytest $(ARGS)
+
+docs-check: $(READY) ## the tests that hold README.md and docs/ to the sources; seconds
+	$(BIN)/python -m pytest -q $(DOCS_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

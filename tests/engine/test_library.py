@@ -72,8 +72,3 @@ def test_an_algorithm_of_ones_own(tiny_model_path: Path, tmp_path: Path) -> None
     done = launch([script, *words[words.index("best_of_n.py") + 1 :], *size, *run], nproc=2, timeout_s=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "4 of 4 steps" in done.stdout
-
-
-def test_every_file_it_names_is_there() -> None:
-    for name in re.findall(r"\]\(([\w./]+)", PAGE):
-        assert (ROOT / "docs" / name).exists(), name

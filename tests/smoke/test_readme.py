@@ -18,8 +18,3 @@ def test_the_library_example(model_path: Path, tmp_path: Path, nproc: int | None
     done = launch([script], nproc=nproc, timeout_s=200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(re.findall(r"-[0-9.]+ 0$", done.stdout, re.MULTILINE)) == responses
-
-
-def test_every_file_it_names_is_there() -> None:
-    for name in re.findall(r"\]\((\S+?)\)", README) + re.findall(r"configs/\w+\.yaml|scripts/\w+\.py", README):
-        assert (ROOT / name).exists(), name
