@@ -1,7 +1,7 @@
 """A plan put together: the trainer's own functions cut a step into passes, trainers/ does the arithmetic."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ class Plan:
         fitting: and by the KV cache, at their full length.
         micro_batch: the largest pass with gradient.
         seconds: of a step, by phase and kind of work.
-        remedies: settings each of which makes it fit; None if it fits.
+        remedies: settings each of which makes it fit, or one line of several together; None if it fits.
     """
 
     config: Experiment
@@ -113,17 +113,43 @@ def make_plan(
     plan = _plan(config, models, ranks, device, prompts, response, observed)
     if plan.peak <= plan.available:
         return plan
+
+    def planned(changed: Experiment) -> Plan | None:
+        try:
+            return _plan(changed, models, ranks, device, prompts, response, observed)
+        except ValueError:  # contradicts another key, or leaves no room for a sequence
+            return None
+
     found: dict[str, str] = {}
     for text, changed in alternatives(config, device.on_cpu, ranks):
-        if text.partition("=")[0] in found:  # a gentler value is enough
-            continue
-        try:
-            fits = _plan(changed, models, ranks, device, prompts, response, observed)
-        except ValueError:  # contradicts another key, or leaves no room for a sequence
-            continue
-        if fits.peak <= fits.available:
+        if text.partition("=")[0] not in found and _fits(planned(changed)):  # a gentler value is enough
             found[text.partition("=")[0]] = text
-    return replace(plan, remedies=[*found.values()])
+    return replace(plan, remedies=[*found.values()] or _together(config, plan, planned))
+
+
+def _fits(plan: Plan | None) -> bool:
+    return plan is not None and plan.peak <= plan.available
+
+
+def _together(config: Experiment, plan: Plan, planned: Callable[[Experiment], Plan | None]) -> list[str]:
+    """Where no single change is enough: one line of several, as few as do; none if nothing is."""
+    chosen: dict[str, str] = {}
+    while not _fits(plan):
+        for text, changed in sorted(alternatives(config, plan.device.on_cpu, plan.ranks), key=_cost):
+            lower = planned(changed)
+            if lower is not None and lower.peak < plan.peak:
+                config, plan, chosen[text.partition("=")[0]] = changed, lower, text
+                break
+        else:
+            return []
+    return [" ".join(chosen.values())]
+
+
+def _cost(alternative: tuple[str, Experiment]) -> int:
+    """Where others are wanted too, what costs the least time comes first, and what changes the numbers last."""
+    order = ("rollout.sleep", "model.gradient_checkpointing", "model.sharding", "model.reduce_gradients")
+    key = alternative[0].partition("=")[0]
+    return order.index(key) if key in order else len(order) + (key == "model.dtype")
 
 
 def _plan(

@@ -264,6 +264,12 @@ def test_what_does_not_fit_says_each_change_that_helps(folder: Path) -> None:
     assert large_cache.remedies == ["rollout.kv_cache_gib=0.5"]
     hopeless = plan_of(config, replace(CPU, memory_gib=0.01))
     assert hopeless.remedies == [] and "take a smaller model" in hopeless.advice()
+    assert "no setting makes it fit" in text_of(hopeless)
+    least = [replace(config.grpo, micro_batch_tokens=256), replace(config.model, gradient_checkpointing=True)]
+    both = plan_of(replace(config, grpo=least[0], model=least[1]))
+    needed = plan_of(config, replace(CPU, memory_gib=both.peak / GIB + 1e-4)).remedies
+    assert needed is not None and len(needed) == 1 and len(needed[0].split()) > 1, "no single one is enough"
+    assert all("=" in word for word in needed[0].split())
 
 
 def test_seconds_follow_the_work(sizes: ModelSizes) -> None:
