@@ -42,12 +42,19 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--algorithm", choices=sorted(ALGORITHMS), help="left out: the section that the config has")
     add("--prompt-tokens", type=int, metavar="P", help="of every prompt; left out: as the data has them")
     add("--response-tokens", type=int, metavar="R", help="of every response; left out: sampling.max_tokens")
+    add(
+        "--observation-tokens",
+        type=int,
+        metavar="O",
+        help="that environment.function adds to a response; left out: all that fit",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything there")
     add("--check", action="store_true", help="run two steps here as well, and put what they took beside the plan")
     add("--measure", type=Path, metavar="FILE.yaml", help="measure this machine and write its device file; no config")
     args = parser.parse_intermixed_args(words)
     for flag, value in (("--gpus", args.gpus), ("--prompt-tokens", args.prompt_tokens),
-                        ("--response-tokens", args.response_tokens)):  # fmt: skip
+                        ("--response-tokens", args.response_tokens),
+                        ("--observation-tokens", args.observation_tokens)):  # fmt: skip
         if value is not None and value < 1:
             parser.error(f"{flag} is {value}; it must be at least 1")
     if args.measure and args.words:
@@ -70,6 +77,11 @@ def config_of(args: argparse.Namespace) -> Experiment:
     limit = config.sampling.max_tokens
     if args.response_tokens and args.response_tokens > limit:
         raise ConfigError(f"--response-tokens is {args.response_tokens}, above sampling.max_tokens={limit}")
+    if args.observation_tokens and config.environment.function is None:
+        raise ConfigError(
+            f"--observation-tokens is {args.observation_tokens}, but environment.function is null: nothing is added to "
+            "a response; leave it out"
+        )
     if args.prompt_tokens and args.prompt_tokens > config.max_prompt_tokens:
         raise ConfigError(
             f"--prompt-tokens is {args.prompt_tokens}, but rollout.max_model_len less sampling.max_tokens leaves "
@@ -141,7 +153,8 @@ def main() -> None:
         from scripts.planning.planner import make_plan
         from scripts.planning.tables import json_of, text_of
 
-        plan = make_plan(config, args.gpus, device, prompt_lengths(config, args.prompt_tokens), args.response_tokens)
+        prompts = prompt_lengths(config, args.prompt_tokens)
+        plan = make_plan(config, args.gpus, device, prompts, args.response_tokens, args.observation_tokens)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     print(text_of(plan))

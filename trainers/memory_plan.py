@@ -1,24 +1,34 @@
-"""How much memory a rank will take, from the sizes of its models and the shape of its passes: plain arithmetic.
+"""How much memory a rank will take, moment by moment, from the sizes of its models and the shape of its passes.
 
-Parameters P are all that is trained, and w the bytes of one (4 in float32). What stays from the second step on:
+What training holds is `trainers.trainer_memory`'s; here the engine and its KV cache stand beside it. Moments of a run:
 
-    policy (and critic)     w P
-    gradients               w P     DDP's buckets, of which the gradients are views (gradient_as_bucket_view)
-    optimizer               2 w P   AdamW's two moments, in the parameters' dtype (torch.optim.AdamW)
-    reference               w P'    where there is a KL penalty
-    engine                  its shard of the weights, in rollout.dtype
+    loading         the models are read; on the CPU alone, where the host's memory is the one that counts
+    first generate  before there are gradients and moments
+    generate        with the moments, and with DDP's gradients
+    update          the largest moment of an optimizer update's largest pass
 
-While a minibatch takes more than one pass, the passes before the last add up in gradients of their own (DDP's no_sync),
-w P once more. What autograd keeps of a pass is `trainers.activations`.
+On CUDA the KV cache stands there while the trainer trains, and so do the engine's weights, but for what rollout.sleep
+gives back: generation and update then do not add up. On the CPU the cache's pages always go, and those that sequences
+fill come again; but of an update's heap the allocator keeps what it has (glibc gives a block back to the system by
+itself from 32 MiB on: mallopt(3), M_MMAP_THRESHOLD), so that the next generation stands beside it.
 """
 
 from dataclasses import dataclass
 
-from trainers.activations import Pass, Precision, head_block_bytes, kept_bytes
+from trainers.activations import Pass
 from trainers.config import Experiment
 from trainers.devices import Device
 from trainers.errors import ConfigError
 from trainers.model_sizes import ModelSizes
+from trainers.trainer_memory import (
+    Models,
+    Parts,
+    gradient_bytes,
+    loading_bytes,
+    pass_bytes,
+    precision_of,
+    staying_bytes,
+)
 
 GIB = 1024**3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,31 +41,8 @@ CPU_KV_CACHE_GIB = 1.0
 STEP_TOKENS = 2048
 """Where rollout.max_num_batched_tokens is null: vLLM's default."""
 
-MOMENTS = ("first generate", "generate", "optimize")
-"""Of a run: the first phase of generation, before there are gradients and moments; a later one; the update."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """What a rank holds.
-
-    Attributes:
-        policy: without a critic's head.
-        critic: of its own trunk; None without.
-        value_head: True if a value head reads the policy's trunk.
-        reference: True where the KL penalty keeps the first policy.
-    """
-
-    policy: ModelSizes
-    critic: ModelSizes | None = None
-    value_head: bool = False
-    reference: bool = False
-
-    @property
-    def trained(self) -> int:
-        """Parameters of the policy and the critic."""
-        critic = self.critic.parameters if self.critic else 0
-        return self.policy.parameters + critic + (self.policy.hidden + 1 if self.value_head else 0)
+MMAP_THRESHOLD = 32 * 2**20
+"""Bytes from which on glibc gives a freed block back by itself: the largest that its threshold grows to, on 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +146,7 @@ def step_bytes(config: Experiment, sizes: ModelSizes, tp: int) -> int:
 def plan_memory(
     config: Experiment,
     models: Models,
+    ranks: int,
     tp: int,
     cache: Cache,
     minibatch: list[Pass],
@@ -166,67 +154,51 @@ def plan_memory(
     prompt: int,
     response: int,
     device: Device,
-) -> dict[str, dict[str, int]]:
+) -> dict[str, Parts]:
     """Bytes by moment and part, of one rank.
 
     Args:
         minibatch: the passes of the rank's largest minibatch.
         sequences: of its replica that run at once,
         prompt: tokens of the prompt of each,
-        response: and of its response.
+        response: and of all that follows it.
     """
-    precision = Precision.of(config.model.dtype, config.model.autocast, device.on_cpu and not models.policy.windows)
-    w = precision.weights
-    policy, critic = models.policy, models.critic
-    shard, element = engine_shard(policy, tp), DTYPE_BYTES[config.rollout.dtype]
-    stays = {
-        "policy": w * (models.trained - (critic.parameters if critic else 0)),
-        "critic": w * critic.parameters if critic else 0,
-        "reference": w * policy.parameters if models.reference else 0,
-        "engine weights": sum(shard.values()) * element,
-    }
-    trained = w * models.trained
-    updated = {"gradients": trained, "optimizer": 2 * trained}
+    precision = precision_of(config, device.on_cpu and not models.policy.windows)
+    shard, element = engine_shard(models.policy, tp), DTYPE_BYTES[config.rollout.dtype]
+    stays = staying_bytes(config, models, precision, ranks)
+    weights = {name: stays[name] for name in ("policy", "critic", "reference")}
+    engine, asleep = {"engine weights": sum(shard.values()) * element}, config.rollout.sleep
+    generating = {"engine step": step_bytes(config, models.policy, tp)}
     largest = max(minibatch, key=lambda step: step.tokens)
-    generating = {"engine step": step_bytes(config, policy, tp)}
-    n = config.sampling.n
-    used = -(-sequences // n) * cache.blocks_of(prompt, response, n) * cache.block * cache.token_bytes
-    moments = {
-        "first generate": stays | {"KV cache": cache.bytes} | generating,
-        # On the CPU the cache's pages were given back since; those that the sequences fill come again.
-        "generate": stays
-        | updated
-        | {"KV cache": min(used, cache.bytes) if device.on_cpu else cache.bytes}
-        | generating,
-        "optimize": stays
-        | updated
-        | {
-            "gradients": trained * (2 if len(minibatch) > 1 else 1),
-            "KV cache": 0 if device.on_cpu else cache.bytes,
-            "activations": activation_bytes(config, models, largest, precision),
-            "head": head_bytes(policy, largest, precision),
-        },
-    }
-    base = int(device.baseline_gib * GIB)
-    packed = {"packing": shard["matrices"] * element // policy.layers} if device.on_cpu else {}
+    gradients = gradient_bytes(config, models, precision, ranks, len(minibatch))
+    update = stays | {"gradients": gradients} | pass_bytes(config, models, largest, precision)
+    if device.on_cpu:
+        n = config.sampling.n
+        used = -(-sequences // n) * cache.blocks_of(prompt, response, n) * cache.block * cache.token_bytes
+        loaded = loading_bytes(models, precision.weights)
+        moments = {
+            "loading": {"policy": loaded, "KV cache": cache.bytes},
+            "first generate": weights | generating | {"KV cache": cache.bytes},
+            "update": update,
+        }
+        kept = sum(update.values()) - sum(stays.values()) if widest_bytes(models, largest) < MMAP_THRESHOLD else 0
+        moments["generate"] = stays | {"kept of the update": kept, "KV cache": min(used, cache.bytes)}
+        for parts in moments.values():
+            parts |= engine | {"packing": shard["matrices"] * element // models.policy.layers}
+    else:
+        resting = {} if asleep == "all" else engine
+        resting |= {} if asleep != "nothing" else {"KV cache": cache.bytes}
+        moments = {
+            "first generate": weights | engine | generating | {"KV cache": cache.bytes},
+            "generate": stays | engine | generating | {"KV cache": cache.bytes},
+            "update": update | resting,
+        }
     for parts in moments.values():
-        parts |= packed
         on_heap = sum(size for name, size in parts.items() if name != "KV cache")
-        parts |= {"framework": base, "heap": int(on_heap * device.heap_share)}
-    return {name: moments[name] for name in MOMENTS}
+        parts |= {"framework": int(device.baseline_gib * GIB), "heap": int(on_heap * device.heap_share)}
+    return moments
 
 
-def activation_bytes(config: Experiment, models: Models, step: Pass, precision: Precision) -> int:
-    """Kept by autograd when a pass's forward has ended, of the policy and of a critic's own trunk."""
-    checkpointing = config.model.gradient_checkpointing
-    kept = kept_bytes(models.policy, step, precision, checkpointing)
-    if models.critic:
-        kept += kept_bytes(models.critic, step, precision, checkpointing, head=False)
-    if models.value_head:
-        kept += step.predicting * models.policy.hidden * 4  # the value head reads float32
-    return kept
-
-
-def head_bytes(sizes: ModelSizes, step: Pass, precision: Precision) -> int:
-    """Of the head's backward, which comes first, when all is still kept: its weight's gradient, a block of logits."""
-    return sizes.vocabulary * sizes.hidden * precision.weights + head_block_bytes(sizes, step, precision)
+def widest_bytes(models: Models, step: Pass) -> int:
+    """Of a pass's largest tensors: the residual stream in float32, or as wide as the MLP in 2 bytes."""
+    return step.tokens * max(4 * models.policy.hidden, 2 * models.policy.intermediate)

@@ -2,13 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from trainers.config import LoraConfig
 from trainers.errors import ConfigError
+from trainers.lora import target_layers
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """A layer's matrices, in Llama, Mistral, Qwen 2 and 3, SmolLM: what the planner's formulas are of."""
@@ -74,20 +77,68 @@ class ModelSizes:
         return dataclasses.replace(self, head=0, norms=self.norms + self.hidden + 1)
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA adapters of all layers together.
+
+    Attributes:
+        rank: of each.
+        layers: matrices that have one.
+        inputs: sum of these matrices' inputs,
+        outputs: and of their outputs.
+    """
+
+    rank: int
+    layers: int
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        """Of A (rank, inputs) and B (outputs, rank)."""
+        return self.rank * (self.inputs + self.outputs)
+
+
 def sizes_of(path: str) -> ModelSizes:
     """Of a local folder that has a config.json, or of a hub name, of which nothing but the config is fetched.
 
     Raises:
         ConfigError: if there is no such config, or the model is none that the planner's formulas know.
     """
+    return count(_config_of(path), path)
+
+
+def adapters_of(path: str, lora: LoraConfig) -> Adapters | None:
+    """What `lora` puts into the model; None without a rank.
+
+    Raises:
+        ConfigError: as `sizes_of`, or if a name of lora.target_modules fits no layer.
+    """
+    return None if lora.rank is None else adapters_in(_without_weights(_config_of(path)), lora)
+
+
+def adapters_in(model: PreTrainedModel, lora: LoraConfig) -> Adapters | None:
+    """The same of a model, which need not have weights."""
+    if lora.rank is None:
+        return None
+    found = [model.get_submodule(name) for name in target_layers(model, lora.target_modules)]
+    inputs, outputs = (sum(getattr(each, side) for each in found) for side in ("in_features", "out_features"))
+    return Adapters(lora.rank, len(found), inputs, outputs)
+
+
+def _config_of(path: str) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(Path(path).expanduser().as_posix(), trust_remote_code=False)
     except Exception as error:  # of many kinds: no such name, no network, a broken file
         raise ConfigError(
             f"model.path is {path!r}, whose config cannot be read: {error}. Give a hub name that this machine can "
             "reach, or a folder with the model's config.json; the weights are not needed"
         ) from error
-    return count(config, path)
+
+
+def _without_weights(config: PretrainedConfig) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def count(config: PretrainedConfig, name: str = "") -> ModelSizes:
@@ -102,8 +153,7 @@ def count(config: PretrainedConfig, name: str = "") -> ModelSizes:
     >>> sizes.matrices == 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64), sizes.norms == 5 * 32, sizes.head
     (True, True, 0)
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model = _without_weights(config)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     of_trunk = {key: module for key, module in model.base_model.named_modules() if isinstance(module, nn.Linear)}
     found = {key.rpartition(".")[2] for key in of_trunk}

@@ -27,17 +27,17 @@ from rollout import RolloutConfig, RolloutEngine, SamplingConfig, World, init_wo
 from scripts.bench.inputs import SMALL_LLAMA, random_llama
 from scripts.bench_step import torchrun
 from scripts.bench_weight_sync import peak_memory
-from trainers.activations import Precision, passes, rank_batch
+from trainers.activations import passes, rank_batch
 from trainers.config import GRPOConfig, ModelConfig
 from trainers.config import SamplingConfig as _Sampling
 from trainers.devices import FOLDER, load_device
 from trainers.grpo import loss
 from trainers.hyperparameters import GRPOHyperparameters
 from trainers.learner import make_learner, optimize
-from trainers.memory_plan import Models, activation_bytes, head_bytes
 from trainers.model_sizes import count
 from trainers.policy import Policy
 from trainers.rewards import exact_number
+from trainers.trainer_memory import Models, gradient_bytes, pass_bytes, precision_of, staying_bytes
 
 REPEATS = 40
 MIB = 2**20
@@ -184,12 +184,12 @@ def heap_share(world: World) -> float:
     reset_peak()
     for step in range(HEAP_STEPS):
         optimize(batch, learner, loss, config, seed=step)
-    # Policy, two gradients and two moments, as trainers/memory_plan.py has them.
-    trained = 4 * models.trained * (5 if world.size > 1 else 4)
-    precision = Precision.of("float32", "bf16", on_cpu=True)
-    planned = (
-        trained + activation_bytes(config, models, largest, precision) + head_bytes(models.policy, largest, precision)
-    )
+    precision = precision_of(config, on_cpu=True)
+    updates = batch.minibatches(config.grpo.minibatches, config.grpo.epochs, seed=0)
+    most_passes = max(len(passes(each, HEAP_TOKENS, packed=True)) for each in updates)
+    parts = staying_bytes(config, models, precision, world.size)
+    parts |= {"gradients": gradient_bytes(config, models, precision, world.size, most_passes)}
+    planned = sum((parts | pass_bytes(config, models, largest, precision)).values())
     return max(most(peak_memory() * MIB - before, world) / planned - 1, 0.0)
 
 

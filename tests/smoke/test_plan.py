@@ -12,7 +12,7 @@ def test_a_plan(tiny_model_path: Path, tmp_path: Path) -> None:
     words = ["configs/grpo_arithmetic.yaml", "--gpus", "2", "--json", tmp_path / "plan.json"]
     done = launch(["scripts/plan.py", *words, f"model.path={tiny_model_path}"], nproc=None, timeout_s=120)
     assert done.returncode == 0, done.stderr[-4000:]
-    for told in ("GiB of a rank", "activations", "KV cache of a rank: 1.00 GiB", "bottleneck: "):
+    for told in ("MEMORY of a rank, GiB", "activations", "KV CACHE of a rank: 1.00 GiB", "bottleneck: "):
         assert told in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["peak_bytes"] == max(parts["all"] for parts in plan["memory_bytes"].values())

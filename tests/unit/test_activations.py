@@ -14,7 +14,9 @@ from transformers import (
 
 from trainers.activations import Pass, Precision, Shape, kept_bytes, passes, rank_batch
 from trainers.batching import TrainBatch
-from trainers.model_sizes import count
+from trainers.config import LoraConfig
+from trainers.lora import add_adapters
+from trainers.model_sizes import adapters_in, count
 from trainers.policy import Policy
 
 SMALL = {
@@ -69,6 +71,23 @@ def test_what_autograd_keeps(name: str, dtype: str, autocast: str, n: int) -> No
     assert kept_bytes(count(config), step, Precision.of(dtype, autocast, on_cpu=True)) == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [("float32", "bf16"), ("float32", "no"), ("bfloat16", "bf16"), ("bfloat16", "no")]
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_what_autograd_keeps_beside_adapters(name: str, dtype: str, autocast: str) -> None:
+    kind, config = MODELS[name]
+    model, lora = kind(config).to(getattr(torch, dtype)), LoraConfig(rank=8)
+    adapters = adapters_in(model, lora)
+    add_adapters(model, lora, "unused")
+    model.set_attn_implementation("sdpa")
+    batch = rank_batch([40, 40, 45, 50], 8, response=60)
+    (step,) = passes(batch, token_budget=10**6, packed=True)
+    found = saved_bytes(Policy(model), batch, autocast == "bf16")
+    precision = Precision.of(dtype, autocast, on_cpu=True)
+    assert kept_bytes(count(config), step, precision, adapters=adapters) == pytest.approx(found, rel=0.02)
+
+
 def test_a_pass_is_laid_out_as_the_trainer_does() -> None:
     """Two prompts with 3 responses of 10: each prompt once, a response's last token not at all."""
     batch = rank_batch([5, 7], 3, response=10)
@@ -76,5 +95,9 @@ def test_a_pass_is_laid_out_as_the_trainer_does() -> None:
     assert whole == Pass(5 + 7 + 6 * 9, 60, (Shape(2, 7), Shape(6, 9, 7)))
     (rows,) = passes(batch, token_budget=1000, packed=False)
     assert rows == Pass(6 * 17, 60, (Shape(6, 17),))
+    (observed,) = passes(rank_batch([5, 7], 3, response=10, observed=6), token_budget=1000, packed=True)
+    assert observed == Pass(5 + 7 + 6 * 15, 60, (Shape(2, 7), Shape(6, 15, 7))), (
+        "what an environment said predicts nothing"
+    )
     cut = passes(batch, token_budget=32, packed=True)
     assert [each.tokens for each in cut] == [7 + 2 * 9, 7 + 9 + 5 + 9, 5 + 2 * 9]

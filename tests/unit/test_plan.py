@@ -1,6 +1,7 @@
 """The planner's arithmetic: sizes against real models, memory and time by hand, device files, advice, arguments."""
 
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,30 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from scripts.plan import arguments, config_of, prompt_lengths
 from scripts.planning.planner import Plan, make_plan
 from scripts.planning.tables import json_of, text_of
 from tests.unit.test_activations import MODELS
 from trainers.activations import Pass, Shape, passes, rank_batch
-from trainers.config import GRPOConfig, ModelConfig, PPOConfig, RolloutConfig, SamplingConfig
+from trainers.config import (
+    EnvironmentConfig,
+    GRPOConfig,
+    LoraConfig,
+    ModelConfig,
+    PartialConfig,
+    PPOConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
 from trainers.devices import FOLDER, Device, device_names, load_device, parse_device
 from trainers.errors import ConfigError
 from trainers.hyperparameters import GRPOHyperparameters, PPOHyperparameters
-from trainers.memory_plan import GIB, Cache, Models, engine_shard, kv_cache, kv_token_bytes
+from trainers.memory_plan import GIB, Cache, engine_shard, kv_cache, kv_token_bytes
 from trainers.model_sizes import ModelSizes, count
-from trainers.step_time import Load, bottleneck, generate_seconds, plan_time
+from trainers.step_time import Load, bottleneck, generate_seconds, parts_of, plan_time
+from trainers.trainer_memory import Models
 
 CPU = load_device("cpu")[0]
 H100_MODEL = {
@@ -112,17 +123,18 @@ def test_what_the_parts_of_memory_are(folder: Path, sizes: ModelSizes) -> None:
     config = grpo(folder, grpo=GRPOHyperparameters(kl_coef=0.1, micro_batch_tokens=4096))
     memory = plan_of(config).memory
     weights = 4 * sizes.parameters
-    whole = memory["optimize"]
+    whole = memory["update"]
     assert (whole["policy"], whole["reference"], whole["gradients"], whole["optimizer"]) == (
         weights, weights, weights, 2 * weights,
     )  # fmt: skip
     assert whole["engine weights"] == 2 * sum(engine_shard(sizes, 2).values())
-    assert memory["first generate"]["KV cache"] == GIB and whole["KV cache"] == 0
+    assert memory["first generate"]["KV cache"] == memory["loading"]["KV cache"] == GIB and "KV cache" not in whole
     assert 0 < memory["generate"]["KV cache"] < GIB and "optimizer" not in memory["first generate"]
+    assert memory["generate"]["kept of the update"] == whole["activations"] + whole["head"]
     assert whole["heap"] == pytest.approx(
         CPU.heap_share * (sum(whole.values()) - whole["heap"] - whole["framework"]), rel=1e-3
     )
-    in_parts = plan_of(replace(config, grpo=replace(config.grpo, micro_batch_tokens=256))).memory["optimize"]
+    in_parts = plan_of(replace(config, grpo=replace(config.grpo, micro_batch_tokens=256))).memory["update"]
     assert in_parts["gradients"] == 2 * weights and in_parts["activations"] < whole["activations"] / 2
 
 
@@ -130,10 +142,109 @@ def test_what_the_parts_of_memory_are(folder: Path, sizes: ModelSizes) -> None:
 def test_a_critic_is_trained_too(folder: Path, sizes: ModelSizes, critic: bool) -> None:
     ppo = PPOHyperparameters(critic=str(folder) if critic else None, prompts_per_step=16)
     config = PPOConfig(model=ModelConfig(path=str(folder)), sampling=SamplingConfig(max_tokens=32), ppo=ppo)
-    whole = plan_of(config).memory["optimize"]
+    whole = plan_of(config).memory["update"]
     own = sizes.parameters - sizes.head if critic else 0
     assert whole["optimizer"] == 8 * (sizes.parameters + own + sizes.hidden + 1)
     assert whole["critic"] == (4 * (own + sizes.hidden + 1) if critic else 0)
+
+
+def test_adapters_are_trained_in_place_of_the_policy(folder: Path, sizes: ModelSizes) -> None:
+    hyper = GRPOHyperparameters(kl_coef=0.1)
+    plan = plan_of(grpo(folder, grpo=hyper, lora=LoraConfig(rank=8), model=ModelConfig(str(folder), dtype="bfloat16")))
+    # q and o 128 x 128, k and v 128 x 64, three of the MLP 128 x 352; A and B are as wide as the matrix's two sides.
+    trained = 8 * 3 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 352))
+    assert plan.models.trained == trained
+    whole = plan.memory["update"]
+    assert whole["policy"] == 2 * sizes.parameters + 4 * trained and whole["reference"] == 0, "the policy without them"
+    assert (whole["gradients"], whole["optimizer"]) == (4 * trained, 8 * trained)
+    all_of_it = plan_of(grpo(folder, grpo=hyper))
+    assert sum(plan.seconds["optimize"].values()) < sum(all_of_it.seconds["optimize"].values())
+    some = LoraConfig(rank=8, target_modules=["v_proj"])
+    assert plan_of(grpo(folder, lora=some)).models.trained == 8 * 3 * (128 + 64)
+
+
+def test_shards_are_held_by_all_ranks_and_gathered_for_every_pass(folder: Path, sizes: ModelSizes) -> None:
+    def planned(reduce: str) -> Plan:
+        model = ModelConfig(str(folder), sharding="fsdp2", reduce_gradients=reduce)
+        hyper = GRPOHyperparameters(kl_coef=0.1, micro_batch_tokens=256)
+        return plan_of(grpo(folder, grpo=hyper, model=model, rollout=RolloutConfig(tensor_parallel_size=2)), ranks=8)
+
+    each, once = planned("micro_batch"), planned("update")
+    eighth, whole = 4 * sizes.parameters // 8, 4 * sizes.parameters
+    for plan, gradients in ((each, eighth), (once, whole)):
+        parts = plan.memory["update"]
+        assert (parts["policy"], parts["reference"], parts["optimizer"]) == (eighth, eighth, 2 * eighth)
+        assert parts["gradients"] == gradients and parts["whole weights"] >= 4 * sizes.embedding
+        assert plan.memory["generate"]["gradients"] == 0 and plan.memory["loading"]["policy"] == whole
+    assert once.seconds["optimize"]["reduce"] < each.seconds["optimize"]["reduce"]
+    assert (
+        once.seconds["optimize"]["gather"] == each.seconds["optimize"]["gather"] > 0 < each.seconds["no_grad"]["gather"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sleep", "rests"),
+    [("nothing", {"KV cache", "engine weights"}), ("kv_cache", {"engine weights"}), ("all", set())],
+)
+def test_what_the_engine_gives_back_does_not_stand_beside_an_update(folder: Path, sleep: Any, rests: set[str]) -> None:
+    config = grpo(folder, rollout=RolloutConfig(sleep=sleep, max_model_len=256))
+    memory = plan_of(config, load_device("h100")[0]).memory
+    assert {"KV cache", "engine weights"} & memory["update"].keys() == rests
+    assert {"KV cache", "engine weights", "optimizer"} <= memory["generate"].keys() and "loading" not in memory
+
+
+def test_what_an_environment_says_is_computed_and_not_learned(folder: Path) -> None:
+    told = EnvironmentConfig(function="trainers.calculator:calculator")
+    config = grpo(folder, environment=told, rollout=RolloutConfig(max_model_len=100))
+    plan, alone = plan_of(config), plan_of(replace(config, environment=EnvironmentConfig()))
+    assert (plan.observed, alone.observed) == (48, 0), "100 less a prompt of 20 and 32 that are sampled"
+    step, before = plan.micro_batch, alone.micro_batch
+    assert step.predicting == before.predicting and step.tokens == before.tokens + before.predicting // 32 * 48
+    assert plan.seconds["generate"]["prefill"] > alone.seconds["generate"]["prefill"]
+    few = make_plan(config, 2, CPU, [20] * 16, observed=5)
+    assert few.observed == 5 and few.fitting >= plan.fitting
+
+
+def test_carried_responses_stand_beside_fresh_ones(folder: Path) -> None:
+    assert parts_of(32, 10, max_age=4) == ((0, 10), (10, 10), (20, 10), (30, 2))
+    hyper = GRPOHyperparameters(old_logprobs="engine")
+    plan = plan_of(grpo(folder, grpo=hyper, partial=PartialConfig(tokens_per_step=8, max_age=4)))
+    alone = plan_of(grpo(folder, grpo=hyper))
+    assert plan.sequences == 4 * alone.sequences and plan.micro_batch == alone.micro_batch
+    decode = [each.seconds["generate"]["decode products"] for each in (plan, alone)]
+    assert decode[0] <= decode[1], "a quarter of the steps, four times as many rows"
+    assert plan.seconds["generate"]["prefill"] > alone.seconds["generate"]["prefill"], "what they have, again"
+
+
+GPU_CONFIGS = {file.stem: file for file in Path("configs").glob("*_gpu.yaml")}
+QWEN = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied: as the models' own config.json
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_the_configs_for_gpus_fit_as_they_say(name: str, tmp_path: Path) -> None:
+    text = GPU_CONFIGS[name].read_text()
+    (size,) = set(re.findall(r"Qwen2\.5-(?:Math-)?([\d.]+B)", text))
+    d, f, layers, heads, kv_heads, vocabulary, tied = QWEN[size]
+    Qwen2Config(
+        hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    ranks = int(re.findall(r"on (\d) GPUs", text.splitlines()[0])[0])
+    words = [str(GPU_CONFIGS[name]), "--gpus", str(ranks), f"model.path={tmp_path}"]
+    words += [f"ppo.critic={tmp_path}"] if "critic:" in text else []
+    config = config_of(arguments(words))
+    plan = make_plan(config, ranks, load_device("h100")[0], [200] * config.algorithm.prompts_per_step)
+    assert plan.remedies is None
+    if said := re.findall(r"beside the (\d+) GiB of an update", text):
+        parts = plan.memory["update"]
+        others = ("engine weights", "framework", "heap")
+        ours = plan.totals["update"] - sum(parts[other] for other in others)
+        assert ours / GIB == pytest.approx(int(said[0]), abs=1)
 
 
 def test_what_does_not_fit_says_each_change_that_helps(folder: Path) -> None:
@@ -153,6 +264,12 @@ def test_what_does_not_fit_says_each_change_that_helps(folder: Path) -> None:
     assert large_cache.remedies == ["rollout.kv_cache_gib=0.5"]
     hopeless = plan_of(config, replace(CPU, memory_gib=0.01))
     assert hopeless.remedies == [] and "take a smaller model" in hopeless.advice()
+    assert "no setting makes it fit" in text_of(hopeless)
+    least = [replace(config.grpo, micro_batch_tokens=256), replace(config.model, gradient_checkpointing=True)]
+    both = plan_of(replace(config, grpo=least[0], model=least[1]))
+    needed = plan_of(config, replace(CPU, memory_gib=both.peak / GIB + 1e-4)).remedies
+    assert needed is not None and len(needed) == 1 and len(needed[0].split()) > 1, "no single one is enough"
+    assert all("=" in word for word in needed[0].split())
 
 
 def test_seconds_follow_the_work(sizes: ModelSizes) -> None:
