@@ -61,9 +61,10 @@ test: $(READY) $(MODEL) ## every test, the quick ones first
 docs-check: $(READY) ## the tests that hold README.md and docs/ to the sources; seconds
 	$(BIN)/python -m pytest -q $(DOCS_TESTS) $(ARGS)
 
-lint: $(READY) ## ruff: rules and format
+lint: $(READY) ## ruff: rules, docstrings and format; shapes and errors in docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/unit/test_docstrings.py
 
 types: $(READY) ## mypy
 	$(BIN)/mypy

@@ -93,7 +93,7 @@ Weight = torch.Tensor | LoraWeight
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered, by all ranks together; any other one as it is."""
+    """A sharded tensor gathered, by all ranks together, in its global shape; any other one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

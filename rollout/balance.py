@@ -206,7 +206,7 @@ class Balance:
 
 
 def packed(collected: Collected, rows: np.ndarray) -> np.ndarray:
-    """Rows as int32 words: their lengths, whether they ended by themselves, tokens, bits of the log-probs."""
+    """`rows` (k,) int64 as (words,) int32: lengths, whether they ended by themselves, tokens, bits of log-probs."""
     lengths = collected.lengths[rows]
     valid = np.arange(collected.token_ids.shape[1]) < lengths[:, None]
     logprobs = collected.logprobs[rows][valid].view(np.int32)
@@ -216,7 +216,7 @@ def packed(collected: Collected, rows: np.ndarray) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, collected: Collected, rows: np.ndarray) -> None:
-    """Put what `packed` made into rows of another one, in the same order."""
+    """Put what `packed` made, (words,) int32, into `rows` (k,) int64 of another one, in the same order."""
     lengths, finished, rest = np.split(words, [len(rows), 2 * len(rows)])
     tokens, logprobs = np.split(rest, 2)
     valid = np.arange(collected.token_ids.shape[1]) < lengths[:, None]

@@ -41,6 +41,7 @@ class Collected:
 
     @classmethod
     def empty(cls, num_sequences: int, max_tokens: int) -> "Collected":
+        """Room for so many sequences of so many tokens: arrays (sequences, tokens) and (sequences,), all zero."""
         return cls(
             token_ids=np.zeros((num_sequences, max_tokens), np.int32),
             logprobs=np.zeros((num_sequences, max_tokens), np.float32),

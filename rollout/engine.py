@@ -462,7 +462,7 @@ def ask(
 
 
 def pack(asked: Sequence[Asked], collected: Collected, rows: slice, streams: np.ndarray, version: int) -> RolloutBatch:
-    """This rank's rows of the group's tokens, without padding."""
+    """This rank's rows of the group's tokens, without padding; `streams` (rows,) int64."""
     lengths = collected.lengths[rows]
     valid = np.arange(collected.token_ids.shape[1]) < lengths[:, None]
     repeated = [each.prompt_ids for each in asked for _ in range(each.samples)]

@@ -46,7 +46,11 @@ class Fence:
 
     @contextmanager
     def one_caller(self) -> Iterator[None]:
-        """One thread at a time, and only in a usable engine."""
+        """One thread at a time, and only in a usable engine.
+
+        Raises:
+            RuntimeError: if another thread is inside, or as `check`.
+        """
         self.check()
         if not self._calling.acquire(blocking=False):
             raise RuntimeError("the rollout engine is in use on another thread: call it from one thread at a time")

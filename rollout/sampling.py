@@ -62,7 +62,7 @@ def block_log_masses(high: torch.Tensor, low: torch.Tensor | None, scale: torch.
 
 
 def in_tiles(high: torch.Tensor, low: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
-    """`block_log_masses`, a few rows at a time: what is not compiled should at least stay in the cache."""
+    """As `block_log_masses`, a few rows at a time: what is not compiled should at least stay in the cache."""
     rows = max(1, 2**18 // high.shape[1])  # 1 MiB of float32
     parts = [
         block_log_masses(high[i : i + rows], None if low is None else low[i : i + rows], scale[i : i + rows])
@@ -92,11 +92,13 @@ class Logits:
         return self.high.float() if self.low is None else self.high.float() + self.low.float()
 
     def log_masses(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ShardLogits.log_masses`: (rows,) float32 to twice (rows, blocks) float32."""
         high, low = self._whole_blocks()
         masses, peaks = self.masses_of(high, low, scale)
         return masses, peaks
 
     def of_blocks(self, block: torch.Tensor) -> torch.Tensor:
+        """As `ShardLogits.of_blocks`: (rows,) int64 to (rows, BLOCK) float32."""
         high, low = self._whole_blocks()
         row = torch.arange(len(high))
         logits = high.view(len(high), -1, BLOCK)[row, block].float()

@@ -105,7 +105,7 @@ class Draft:
         return not self.done and self.allowance != 0
 
     def append(self, ids: np.ndarray, version: int, logprobs: np.ndarray | None = None) -> None:
-        """Take in a turn, or with no log-probs an observation."""
+        """Take in a turn, `ids` (tokens,) int32 and `logprobs` (tokens,) float32; with no log-probs an observation."""
         self.response_ids = np.concatenate([self.response_ids, ids])
         self.logprobs = np.concatenate(
             [self.logprobs, np.zeros(len(ids), np.float32) if logprobs is None else logprobs]

@@ -155,6 +155,9 @@ def tensor_parallel_group(world: World, tensor_parallel_size: int, timeout_s: fl
 def check_tensor_parallel_size(tensor_parallel_size: int, world_size: int) -> None:
     """Refuse a tensor-parallel size that does not divide the job.
 
+    Raises:
+        ValueError: if it does not; names a size that does.
+
     >>> check_tensor_parallel_size(4, world_size=2)
     Traceback (most recent call last):
     ...
@@ -199,6 +202,9 @@ def check_machines(tensor_parallel_size: int | None, machines: Sequence[Machine]
     Args:
         tensor_parallel_size: as it was given; None means all ranks. Divides their number.
         machines: of all ranks.
+
+    Raises:
+        ValueError: if one does; says how to start instead.
 
     >>> check_machines(2, [Machine("a", "1"), Machine("a", "1"), Machine("b", "2"), Machine("b", "2")])
     >>> check_machines(2, [Machine("a", "1"), Machine("b", "2"), Machine("b", "2"), Machine("b", "2")])

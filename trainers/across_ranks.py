@@ -33,7 +33,7 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def count_over_ranks(mask: torch.Tensor, group: dist.ProcessGroup | None = None) -> int:
-    """The number of True elements on all ranks together: the `num_tokens` that the losses divide by.
+    """The number of True elements on all ranks together, of masks of any shape: what the losses divide by.
 
     >>> count_over_ranks(torch.tensor([[True, True, False], [True, False, False]]))
     3
@@ -42,7 +42,7 @@ def count_over_ranks(mask: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def max_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The elementwise maximum of every rank's tensor; arguments and result as of `sum_over_ranks`.
+    """The elementwise maximum of every rank's tensor, of any shape; arguments and result as `sum_over_ranks`.
 
     >>> max_over_ranks(torch.tensor([1.0, 2.0]))
     tensor([1., 2.])
@@ -54,7 +54,7 @@ def max_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def undo_ddp_mean(loss: torch.Tensor) -> torch.Tensor:
-    """The loss times the number of ranks, as the last thing before `backward`.
+    """The loss, a scalar, times the number of ranks, as the last thing before `backward`.
 
     DistributedDataParallel averages gradients over ranks: it divides their sum by the number of ranks. The parts of
     the loss are already divided by the global number of tokens, so it is their sum that is wanted.
@@ -66,7 +66,7 @@ def undo_ddp_mean(loss: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all of a sharded one, on every rank: a collective then.
+    """The tensor itself, or all of a sharded one in its global shape, on every rank: a collective then.
 
     >>> whole(torch.tensor(2.0))
     tensor(2.)

@@ -66,7 +66,7 @@ def versions_of(rollout: Rollout) -> np.ndarray:
 
 
 def join(groups: Sequence[Group]) -> tuple[RolloutBatch, np.ndarray]:
-    """The groups as one batch, numbered from 0, and its scores; at least one group."""
+    """The groups as one batch, numbered from 0, and its scores, (responses,); at least one group."""
     rows = [rollout for group in groups for rollout in group.rollouts]
     generated = versions = None
     if any(row.generated is not None for row in rows):

@@ -126,7 +126,11 @@ def batch_of(rounds: Sequence[Round], config: Experiment, world: World) -> tuple
 
 
 def reward_metrics(totals: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation of the responses' scores, all ranks; nothing where there are none."""
+    """Mean and standard deviation of the responses' scores, all ranks; nothing where there are none. A collective.
+
+    Args:
+        totals: (responses,) float, this rank's; maybe none.
+    """
     scores = torch.from_numpy(totals).double()
     count, total, squares = sum_over_ranks(
         torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])

@@ -549,6 +549,7 @@ a prompt; raise rollout.max_model_len or lower sampling.max_tokens
 
     @property
     def algorithm(self) -> PPOHyperparameters:
+        """PPO's section."""
         return self.ppo
 
     def __post_init__(self) -> None:
@@ -575,6 +576,7 @@ prompt; set sampling.n=8, say
 
     @property
     def algorithm(self) -> GRPOHyperparameters:
+        """GRPO's section."""
         return self.grpo
 
     def __post_init__(self) -> None:

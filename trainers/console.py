@@ -42,6 +42,7 @@ class FirstRankLogger(logging.Logger):
     """Passes each warning of LIBRARIES on once, whoever handles it; and all else."""
 
     def handle(self, record: logging.LogRecord) -> None:
+        """Show a library's warning once, anything else each time."""
         if _is_library_warning(record):
             key = (record.name, record.getMessage())
             if key in _shown:
@@ -54,6 +55,7 @@ class OtherRankLogger(logging.Logger):
     """Passes no warning of LIBRARIES on; and all else."""
 
     def handle(self, record: logging.LogRecord) -> None:
+        """Show anything but a library's warning, which rank 0 shows."""
         if not _is_library_warning(record):
             super().handle(record)
 

@@ -60,7 +60,6 @@ class Dashboard:
         ConfigError: if wandb.mode is online and there is no login.
 
     Example:
-
         with Dashboard(folder, config.wandb, config.run, config.ppo.steps, rank == 0) as dashboard:
             for step in range(config.ppo.steps):
                 with dashboard.phase("generate"):

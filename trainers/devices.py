@@ -59,6 +59,7 @@ class Device:
 
     @property
     def on_cpu(self) -> bool:
+        """True if the ranks compute on the host's cores."""
         return self.kind == "cpu"
 
 
@@ -91,7 +92,11 @@ def load_device(name: str) -> tuple[Device, dict[str, str]]:
 
 
 def parse_device(read: Any, where: str) -> tuple[Device, dict[str, str]]:
-    """Of a file's content; arguments and errors as `load_device`."""
+    """Of a file's content; `where` is the file.
+
+    Raises:
+        ConfigError: as `load_device`.
+    """
     constants = read.get("constants") if isinstance(read, dict) else None
     if not isinstance(constants, dict):
         raise ConfigError(f"{where} is no device file: it has no `constants`; take configs/devices/cpu.yaml as a model")

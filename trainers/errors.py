@@ -9,7 +9,11 @@ class ConfigError(ValueError):
 
 
 def check_least(section: str, owner: Any, least: Mapping[str, float]) -> None:
-    """Raise where a number of `owner` that is not None lies below its least value (NaN does too)."""
+    """See that no number of `owner` lies below its least value; None passes, NaN does not.
+
+    Raises:
+        ConfigError: naming the first that does.
+    """
     for name, bound in least.items():
         value = getattr(owner, name)
         if value is not None and not value >= bound:
@@ -17,6 +21,11 @@ def check_least(section: str, owner: Any, least: Mapping[str, float]) -> None:
 
 
 def check_above_zero(section: str, owner: Any, *names: str) -> None:
+    """See that these numbers of `owner` are above 0; None passes, NaN does not.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
     for name in names:
         value = getattr(owner, name)
         if value is not None and not value > 0:

@@ -41,5 +41,5 @@ def targets(batch: TrainBatch, config: GRPOConfig) -> TrainBatch:
 
 
 def loss(part: TrainBatch, output: PolicyOutput, config: GRPOConfig, whole: Minibatch) -> tuple[torch.Tensor, Stats]:
-    """The policy's loss."""
+    """The policy's loss, a scalar, and its statistics; this micro-batch's part of `whole`."""
     return policy_objective(part, output, config.grpo, whole)

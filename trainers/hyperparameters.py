@@ -131,6 +131,7 @@ class PPOHyperparameters(Hyperparameters):
 
     @property
     def section(self) -> str:
+        """The name ppo, in the YAML too."""
         return "ppo"
 
     def __post_init__(self) -> None:
@@ -167,14 +168,17 @@ class GRPOHyperparameters(Hyperparameters):
 
     @property
     def section(self) -> str:
+        """The name grpo, in the YAML too."""
         return "grpo"
 
     @property
     def drops_equal_groups(self) -> bool:
+        """As `filter_groups` says."""
         return self.filter_groups
 
     @property
     def max_rounds(self) -> int:
+        """The first generation, and those of `oversample`."""
         return 1 + self.oversample
 
     def __post_init__(self) -> None:

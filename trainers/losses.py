@@ -15,7 +15,12 @@ Stats = dict[str, torch.Tensor]
 
 
 def token_mean_part(x: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """These tokens' part of a mean over `num_tokens` tokens; what stands outside the mask does not matter.
+    """These tokens' part of a mean over `num_tokens` tokens, a scalar.
+
+    Args:
+        x: any shape, floating; what stands outside the mask does not matter.
+        mask: the same shape, bool; True = a token that counts.
+        num_tokens: that count, of all ranks and micro-batches.
 
     >>> token_mean_part(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]), num_tokens=4)
     tensor(0.7500)
@@ -216,7 +221,7 @@ def entropy_bonus(entropy: torch.Tensor, mask: torch.Tensor, num_tokens: int) ->
 
 
 def kl_k1(log_ratio: torch.Tensor) -> torch.Tensor:
-    """-log(p/q): unbiased, but of high variance, and often negative.
+    """-log(p/q): unbiased, but of high variance, and often negative; any shape.
 
     >>> kl_k1(torch.tensor(-0.5))
     tensor(0.5000)
@@ -225,7 +230,7 @@ def kl_k1(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k2(log_ratio: torch.Tensor) -> torch.Tensor:
-    """log(p/q)^2 / 2: never negative, of low variance, slightly biased.
+    """log(p/q)^2 / 2: never negative, of low variance, slightly biased; any shape.
 
     >>> kl_k2(torch.tensor(-0.5))
     tensor(0.1250)
@@ -234,7 +239,7 @@ def kl_k2(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """p/q - 1 - log(p/q): unbiased, never negative, of low variance.
+    """p/q - 1 - log(p/q): unbiased, never negative, of low variance; any shape.
 
     >>> kl_k3(torch.tensor(-0.5))  # exp(-0.5) - 1 + 0.5
     tensor(0.1065)

@@ -65,6 +65,7 @@ class Panel:
 
     @property
     def unit(self) -> str:
+        """Of all its metrics."""
         return self.metrics[0].unit
 
     def names(self, logged: Iterable[str]) -> list[str]:

@@ -61,7 +61,12 @@ def mismatch_weights(
 def logprob_gap(
     trainer_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, mask: torch.Tensor, num_tokens: int
 ) -> Stats:
-    """|trainer's log-prob - engine's| of the same tokens: part of the mean, and this micro-batch's maximum.
+    """|trainer's log-prob - engine's| of the same tokens: part of the mean, and this micro-batch's maximum; scalars.
+
+    Args:
+        trainer_logprobs, engine_logprobs: any shape, float, natural log.
+        mask: the same shape, bool; True = a generated token.
+        num_tokens: of all ranks and micro-batches.
 
     >>> gap = logprob_gap(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), torch.tensor([True, True]), 2)
     >>> gap["logprob_gap_mean"], gap["logprob_gap_max"]

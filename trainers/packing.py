@@ -348,7 +348,7 @@ def _trial(vocab_size: int) -> TrainBatch:
 
 
 def padded_hidden_states(trunk: torch.nn.Module, batch: TrainBatch) -> torch.Tensor:
-    """What `packed_hidden_states` gives, from right-padded rows.
+    """What `packed_hidden_states` gives, (response tokens, size), from right-padded rows.
 
     No attention mask is passed, and no position ids. Padding stands to the right and attention looks to the left, so no
     token that counts ever sees a pad (a test compares with rows run one by one); without a mask the attention kernels

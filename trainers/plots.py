@@ -144,7 +144,7 @@ def _phase_bars(rows: list[dict[str, float]]) -> list[tuple[str, np.ndarray, str
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and the window - 1 before it, of fewer at the start.
+    """The mean of each value and the window - 1 before it, of fewer at the start: (steps,) float of (steps,) float.
 
     >>> running_mean(np.array([1.0, 3.0, 5.0, 7.0]), window=2).tolist()
     [1.0, 2.0, 4.0, 6.0]

@@ -39,7 +39,7 @@ def targets(batch: TrainBatch, config: PPOConfig) -> TrainBatch:
 
 
 def loss(part: TrainBatch, output: PolicyOutput, config: PPOConfig, whole: Minibatch) -> tuple[torch.Tensor, Stats]:
-    """The policy's loss, and the critic's beside it."""
+    """The policy's loss and the critic's, a scalar, and their statistics; this micro-batch's part of `whole`."""
     assert output.values is not None and part.values is not None and part.returns is not None
     of_policy, stats = policy_objective(part, output, config.ppo, whole)
     mask = part.response_mask

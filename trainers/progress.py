@@ -80,16 +80,19 @@ class Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
+        """tqdm's, with the figures, the phase and the time that is left."""
         now = time.perf_counter()
         phase = [f"{self._phase[0]} {now - self._phase[1]:.0f} s"] if self._phase else []
         shown = "".join(f"{each}, " for each in [*self._figures, *phase])
         return super().format_dict | {"shown": shown, "left": self._left(now)}
 
     def phase(self, name: str) -> None:
+        """Show the phase that begins now, and its seconds from now on."""
         self._phase = (name, time.perf_counter())
         self.refresh()
 
     def show(self, done: int, figures: list[str], seconds: float | None) -> None:
+        """Move on to `done` steps; `seconds` is the last one's, None where it is unknown."""
         self._figures, self._phase = figures, None
         self._step_began = time.perf_counter()
         if seconds is not None:
@@ -98,6 +101,7 @@ class Bar(tqdm):
         self.refresh()
 
     def end(self) -> None:
+        """Leave the bar as it stands, and end its thread."""
         self._closing.set()
         self._ticking.join()
         self._phase = None

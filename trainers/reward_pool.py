@@ -43,6 +43,7 @@ class Worker:
 
     @property
     def is_busy(self) -> bool:
+        """True while it loads the functions, or has a task."""
         return not self.ready or self.task is not None
 
 

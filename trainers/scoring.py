@@ -163,7 +163,11 @@ class Scoring:
         return None if self._pool is None else self._take
 
     def finish(self, rollouts: RolloutBatch) -> Scores:
-        """The scores of all responses of this rank; see `Scorer.score`."""
+        """The scores of all responses of this rank.
+
+        Raises:
+            RewardError: if a function failed and config.on_error is raise.
+        """
         early = None if self._pool is None else self._judged
         self._begin([(row, rollout) for row, rollout in enumerate(rollouts) if row not in self._tasks])
         values = np.zeros((len(rollouts), len(self._config.paths)))

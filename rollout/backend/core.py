@@ -47,10 +47,12 @@ class Core:
 
     @property
     def asynchronous(self) -> bool:
+        """True if a step is scheduled while the one before it runs."""
         return self.queue_depth > 1
 
     @cached_property
     def max_model_len(self) -> int:
+        """Tokens of a sequence, prompt included, at most."""
         return self.engine_core.vllm_config.model_config.max_model_len
 
     def describe(self) -> dict[str, str | int]:

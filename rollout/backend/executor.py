@@ -60,6 +60,7 @@ class StepFuture(Future):
         self.add_done_callback(lambda _: self.launched.set())
 
     def result(self, timeout: float | None = None) -> Any:
+        """The step's output, once its tokens are on the host; waits for both."""
         output = super().result(timeout)
         if self._on_host is None:
             self._on_host = output.get_output() if isinstance(output, AsyncModelRunnerOutput) else output
@@ -79,6 +80,7 @@ class HeldStep(Future):
         self._executor = executor
 
     def result(self, timeout: float | None = None) -> Any:
+        """As a future's; the execution then goes without its sampling."""
         self._executor.release(self)
         return super().result(timeout)
 
@@ -152,6 +154,7 @@ class TorchrunExecutor(Executor):
         current_platform.update_block_size_for_backend(self.vllm_config)
 
     def compile_or_warm_up_model(self) -> None:
+        """vLLM's, and what our kernels replace in the CPU's runner."""
         super().compile_or_warm_up_model()
         unlink_broadcast_queue()
         if current_platform.is_cpu() and not self.simulated:
@@ -272,6 +275,7 @@ class TorchrunExecutor(Executor):
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+        """vLLM's first half of a step: held until `sample_tokens` comes, where that has to come."""
         self._seed_new_requests(scheduler_output)
         held = self._held = HeldStep(self, scheduler_output)
         samples_at_once = (
@@ -284,6 +288,7 @@ class TorchrunExecutor(Executor):
     def sample_tokens(
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
+        """vLLM's second half of a step: both halves go to the execute thread as one job."""
         held, self._held = self._held, None
         if held is None:
             future = StepFuture()
@@ -315,6 +320,7 @@ class TorchrunExecutor(Executor):
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
+        """vLLM asks; True on every device."""
         return True
 
     def _step(

@@ -66,12 +66,14 @@ class StreamedLogits:
     tokens: int
 
     def log_masses(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ShardLogits.log_masses`: (rows,) float32 to twice (rows, blocks) float32."""
         sums = torch.empty(len(self.hidden), -(-self.tokens // BLOCK))
         peaks = torch.empty_like(sums)
         self.library.block_masses(self._head(), *_pointers(scale.contiguous(), sums, peaks))
         return sums.log_().add_(peaks), peaks
 
     def of_blocks(self, block: torch.Tensor) -> torch.Tensor:
+        """As `ShardLogits.of_blocks`: (rows,) int64 to (rows, BLOCK) float32."""
         logits = torch.empty(len(self.hidden), BLOCK)
         self.library.logits_of_blocks(self._head(), *_pointers(block.contiguous(), logits))
         return logits
@@ -82,7 +84,12 @@ class StreamedLogits:
 
 
 def head_library(weight: torch.Tensor, head_dtype: torch.dtype | None) -> ctypes.CDLL | None:
-    """The library of kernels/head.cpp if it serves this head and this machine, else None."""
+    """The library of kernels/head.cpp if it serves this head and this machine, else None.
+
+    Args:
+        weight: (shard tokens, size), of the head.
+        head_dtype: of its product; None takes the weight's.
+    """
     served = weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % PRODUCTS == 0
     library = load_library("head") if served and head_dtype == torch.float32 else None
     return library if library is not None and hasattr(library, "block_masses") else None

@@ -178,7 +178,14 @@ class ShardedSampler:
         return Logits(high_low.high, high_low.low, self._size, self._masses_of)
 
     def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
-        """Stands in for vLLM's Sampler: one token a row, and its log-prob."""
+        """Stands in for vLLM's Sampler: one token a row, and its log-prob.
+
+        Args:
+            logits: (rows, vocabulary) of any floating dtype; of its values only the gathered path reads any.
+
+        Returns:
+            Token ids (rows, 1) int32, and log-probs (rows, 1) float32 where they were asked for.
+        """
         shard, self._logits = self._logits, None
         if shard is None:
             return self._gathered(logits=logits, sampling_metadata=sampling_metadata)

@@ -85,6 +85,7 @@ class SteadyScheduler(Scheduler):
         self._last_order: list[str] | None = None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """The next step: from the arrays where all that runs decodes, else vLLM's."""
         if not throttle_prefills and self._is_steady():
             output = self._schedule_steady()
             if output is not None:
@@ -123,14 +124,17 @@ class SteadyScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's, on objects that are up to date."""
         self._leave_batch()
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        """vLLM's, on objects that are up to date."""
         self._leave_batch()
         return super().finish_requests(request_ids, finished_status)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """vLLM's, on objects that are up to date."""
         self._leave_batch()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 

@@ -109,7 +109,8 @@ def held_box(weight: torch.Tensor) -> Box | None:
     """Which part of the whole tensor this rank holds, maybe an empty one; None where that is no box of final values.
 
     Args:
-        weight: plain, which every rank then has whole, or a DTensor. Partial sums and strided shards are no box.
+        weight: any shape; plain, which every rank then has whole, or a DTensor. Partial sums and strided shards are
+            no box.
     """
     if not isinstance(weight, DTensor):
         return whole_box(weight.shape)
@@ -125,7 +126,7 @@ def held_box(weight: torch.Tensor) -> Box | None:
 
 
 def local_part(weight: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a DTensor; any other tensor as it is."""
+    """What this rank holds of a DTensor, in that part's shape; any other tensor as it is."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 

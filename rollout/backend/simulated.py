@@ -57,6 +57,7 @@ class SimulatedWorker(CPUWorker):
     """
 
     def init_device(self) -> None:
+        """vLLM's, with a runner whose device takes a set time a step."""
         step_ms = _checked_step_ms(self.vllm_config)
         self.scheduler_config.async_scheduling = False  # the parent builds a runner, which would ask for CUDA events
         if self.distributed_init_method.startswith("env://"):
@@ -108,24 +109,33 @@ class SimulatedRunner(CPUModelRunner):
         self._stops: int | None = vllm_config.additional_config.get("simulate_stops")
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
+        """vLLM's; logits are the device's work, and left out."""
         super().load_model(load_dummy_weights)
         self.model.compute_logits = lambda hidden_states: hidden_states  # the device's work, too
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; request seeds are then kept here."""
         super().initialize_kv_cache(*args, **kwargs)
         self._request_seeds = RequestSeeds(self)  # now: the parent may have replaced its input batch
 
     def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, in memory that nobody touches."""
         with UntouchedMemory():
             return super().initialize_kv_cache_tensors(*args, **kwargs)
 
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
+        """vLLM's, around the simulated device's step."""
         if scheduler_output.scheduled_new_reqs or scheduler_output.finished_req_ids:
             _give_seeds(scheduler_output)
             self._request_seeds.admit(scheduler_output)
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """vLLM's; the output says when the device was busy.
+
+        Raises:
+            ValueError: if there is a grammar to apply.
+        """
         if grammar_output is not None:
             raise ValueError("the simulated accelerator has no logits to apply a grammar to: drop structured outputs")
         output = super().sample_tokens(None)

@@ -68,7 +68,11 @@ class SleepingMemory:
 
 @contextmanager
 def explained_shortage(wanted: str, num_bytes: int) -> Iterator[None]:
-    """Turn an error of the GPU's memory into one that says who holds it, and what to do."""
+    """Turn an error of the GPU's memory into one that says who holds it, and what to do.
+
+    Raises:
+        MemoryError: in place of that one.
+    """
     try:
         yield
     except RuntimeError as error:  # torch's is one of these, and vLLM's allocator raises the plain one

@@ -36,6 +36,7 @@ class Plan:
 
     @classmethod
     def of(cls, rows: slice | np.ndarray, request_ids: list[str]) -> "Plan":
+        """One token for each of these requests; `rows` (requests,) int64, or a slice."""
         return cls(rows, request_ids, dict.fromkeys(request_ids, 1))
 
 
@@ -98,7 +99,7 @@ class SteadyBatch:
         return Plan.of(rows, [self.request_ids[row] for row in rows.tolist()])
 
     def num_output_tokens(self, rows: slice | np.ndarray) -> list[int]:
-        """Tokens of the responses; with those in flight, where scheduling is asynchronous."""
+        """Response tokens of `rows`, (k,) int64 or a slice; under asynchronous scheduling with those in flight."""
         known = self.num_tokens[rows] - self._num_prompt_tokens[rows]
         return (known + self.in_flight[rows] if self._asynchronous else known).tolist()
 

@@ -412,7 +412,7 @@ def gather(layer: Layer, weights: Weights, holders: Holders, whole: Whole) -> No
 
 
 def whole_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """A sharded parameter gathered, in `dtype`; one under adapters merged, any other one as it is."""
+    """A sharded parameter gathered, in its global shape and `dtype`; one under adapters merged, any other as it is."""
     if isinstance(weight, LoraWeight):
         return weight.merged()
     if isinstance(weight, DTensor):

@@ -129,6 +129,13 @@ def thinned(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """At most `most` points: middle steps of equal runs of points, their means, their least and greatest values.
 
+    Args:
+        steps: (points,) int64.
+        values: (points,) float64, finite.
+
+    Returns:
+        Four times (at most `most`,).
+
     >>> [of_point.tolist() for of_point in thinned(np.arange(4), np.array([1.0, 3.0, 5.0, 9.0]), most=2)]
     [[0, 2], [2.0, 7.0], [1.0, 5.0], [3.0, 9.0]]
     """

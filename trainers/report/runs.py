@@ -64,6 +64,7 @@ class Run:
         return np.array([step for step, _ in points], int), np.array([value for _, value in points], float)
 
     def finite(self, name: str) -> list[float]:
+        """The values of `series` that are numbers."""
         values = self.series(name)[1]
         return values[np.isfinite(values)].tolist()
 
