@@ -68,6 +68,7 @@ def precision_of(config: Experiment, on_cpu: bool) -> Precision:
 
 
 def is_sharded(config: Experiment) -> bool:
+    """True if the run trains in FSDP2's shards."""
     return config.model.sharding == "fsdp2"
 
 
