@@ -1,7 +1,7 @@
 """Prompts shared out over replicas: each answered once, evenly by what is expected, the same on every rank."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.balance import PastLengths, packed, share_out, unpack
@@ -15,6 +15,7 @@ def asked(tokens: int, samples: int = 1) -> Asked:
     return Asked(np.zeros(tokens, np.int32), samples, max_tokens=1000)
 
 
+@settings(deadline=None)
 @given(given=RANKS, size=st.sampled_from([1, 2]), responses=st.randoms(use_true_random=False))
 def test_each_prompt_has_one_replica_and_finds_its_way_back(given: list, size: int, responses):
     of_ranks = [[asked(tokens, samples) for tokens, samples in of_rank] for of_rank in given]
