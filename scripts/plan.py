@@ -2,7 +2,7 @@
 
     python scripts/plan.py configs/ppo_arithmetic.yaml --gpus 2
     python scripts/plan.py configs/grpo_gsm8k_gpu.yaml --gpus 8 --device h100 --prompt-tokens 120
-    python scripts/plan.py configs/grpo_arithmetic.yaml --gpus 2 --check          # run two steps and compare
+    python scripts/plan.py configs/grpo_arithmetic.yaml --gpus 2 --check          # run three steps and compare
     python scripts/plan.py --measure mine.yaml --gpus 2                           # measure this machine
 
 Nothing is loaded but the model's config, and the tokenizer and the data for the lengths of the prompts. Every response
@@ -49,7 +49,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="that environment.function adds to a response; left out: all that fit",
     )
     add("--json", type=Path, metavar="FILE", help="write everything there")
-    add("--check", action="store_true", help="run two steps here as well, and put what they took beside the plan")
+    add("--check", action="store_true", help="run three steps here as well, and put what they took beside the plan")
     add("--measure", type=Path, metavar="FILE.yaml", help="measure this machine and write its device file; no config")
     args = parser.parse_intermixed_args(words)
     for flag, value in (("--gpus", args.gpus), ("--prompt-tokens", args.prompt_tokens),

@@ -1,4 +1,4 @@
-"""A plan beside the truth: two steps of the experiment on this machine, their peak memory and their seconds."""
+"""A plan beside the truth: three steps of the experiment on this machine, their peak memory and their seconds."""
 
 import json
 import tempfile

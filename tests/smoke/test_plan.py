@@ -1,4 +1,4 @@
-"""scripts/plan.py as a user runs it; and, slower, its plan beside two steps of a run."""
+"""scripts/plan.py as a user runs it; and, slower, its plan beside three steps of a run."""
 
 import json
 from pathlib import Path

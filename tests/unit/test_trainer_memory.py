@@ -60,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shards, lora": {"rank": 8, "sharding": "fsdp2"},
     "shards, lora, bfloat16": {"rank": 8, "sharding": "fsdp2", "dtype": "bfloat16", "gradient_checkpointing": True},
 }
-QUICK = ("ddp", "shards, reduced once", "shards, critic", "shards, lora")
+QUICK = ("ddp", "shards, reduced once", "shards, float32", "shards, critic", "shards, lora")
 
 
 @pytest.fixture
