@@ -154,7 +154,8 @@ def main() -> None:
         for phase in range(args.phases):
             samples.append(run_phase(engine, policy, phase, args))
             if world.is_main and (phase + 1) % 100 == 0:
-                print(f"soak: phase {phase + 1}/{args.phases}", file=sys.stderr, flush=True)
+                memory = f"{samples[-1].memory / 2**20:.1f} MiB"
+                print(f"soak: phase {phase + 1}/{args.phases}, {memory} on rank 0", file=sys.stderr, flush=True)
     everyones: list = [None] * world.size
     dist.all_gather_object(everyones, samples)
     found = [
