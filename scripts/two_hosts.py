@@ -58,7 +58,7 @@ VARIABLES = {
 }
 # Times, rates and memory: all that may differ.
 MEASURED = re.compile(
-    r"phase/.*|memory/.*|(.*/)?seconds|.*_per_s|.*_ms|rollout/(host_gap|tail)_fraction|rollout/imbalance"
+    r"phase/.*|memory/.*|rank/.*|(.*/)?seconds|.*_per_s|.*_ms|rollout/(host_gap|tail)_fraction|rollout/imbalance"
 )
 
 

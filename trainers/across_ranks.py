@@ -32,15 +32,6 @@ def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     return total
 
 
-def count_over_ranks(mask: torch.Tensor, group: dist.ProcessGroup | None = None) -> int:
-    """The number of True elements on all ranks together, of masks of any shape: what the losses divide by.
-
-    >>> count_over_ranks(torch.tensor([[True, True, False], [True, False, False]]))
-    3
-    """
-    return int(sum_over_ranks(mask.sum(), group).item())
-
-
 def max_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The elementwise maximum of every rank's tensor, of any shape; arguments and result as `sum_over_ranks`.
 

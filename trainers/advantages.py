@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.across_ranks import sum_over_ranks
-from trainers.losses import KL_ESTIMATORS
+from trainers.losses import kl_k1
 
 
 def token_rewards(
@@ -25,14 +25,15 @@ def token_rewards(
     ref_logprobs: torch.Tensor | None,
     response_mask: torch.Tensor,
     kl_coef: float,
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
 ) -> torch.Tensor:
     """The reward of each sampled token: a KL penalty on every one, and the response's score on the last.
 
-        r_t = -kl_coef * KL(log pi_ref(a_t | s_t) - log pi(a_t | s_t)) + [t is last] * score
+        r_t = -kl_coef * (log pi(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is last] * score
 
-    as in RLHF (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022, arXiv:2203.02155, eq. 2). Both take
-    k1, log pi - log pi_ref, whose sum over a sampled response is an unbiased estimate of the sequence's KL.
+    as in RLHF (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022, arXiv:2203.02155, eq. 2). The penalty
+    is the estimator k1: its sum over a sampled response is an unbiased estimate of the sequence's KL, and as a reward
+    it has the KL's gradient. As rewards k2 and k3 have another, which vanishes to first order near the reference
+    (Tang & Munos 2025, arXiv:2506.09477).
 
     Args:
         scores: (batch,) float, of whole responses.
@@ -40,7 +41,6 @@ def token_rewards(
         ref_logprobs: (batch, response) float, of the frozen reference; None means no penalty.
         response_mask: (batch, response) bool; True = a generated token.
         kl_coef: price of one nat.
-        kl_estimator: of `trainers.losses`.
 
     Returns:
         (batch, response) float32 or wider, zero outside the mask. A row without a token gets no reward.
@@ -59,8 +59,7 @@ def token_rewards(
     is_last = response_mask & (response_mask.cumsum(dim=1) == response_mask.sum(dim=1, keepdim=True))
     rewards = torch.where(is_last, scores[:, None].to(logprobs.dtype), 0.0)
     if ref_logprobs is not None:
-        penalty = KL_ESTIMATORS[kl_estimator](torch.where(response_mask, ref_logprobs - logprobs, 0.0))
-        rewards = rewards - kl_coef * penalty
+        rewards = rewards - kl_coef * kl_k1(torch.where(response_mask, ref_logprobs - logprobs, 0.0))
     return rewards
 
 

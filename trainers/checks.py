@@ -55,29 +55,39 @@ def is_local(path: str) -> bool:
     >>> is_local("models/mine"), is_local("./mine"), is_local("some-org/some-model")
     (True, True, False)
     """
-    return path.startswith((".", "/", "~", "models/")) or Path(path).exists()
+    return path.startswith((".", "/", "models/")) or Path(path).exists()
 
 
 def check_model(config: Experiment, world_size: int = 1) -> None:
-    """Check a local model's folder and config.json; a hub name passes unread.
+    """Check a local model's folder and config.json; a hub name passes unread (`trainers.prepare` reads it).
+
+    Args:
+        world_size: ranks of the job.
+
+    Raises:
+        ConfigError: if the folder or its config.json is missing; or as of `check_sizes`.
+    """
+    if is_local(config.model.path):
+        check_sizes(config, _read_model_config(config.model.path), world_size)
+
+
+def check_sizes(config: Experiment, model: dict[str, Any], world_size: int) -> None:
+    """Hold the config against a model's own.
 
     vLLM gives each of `tp` ranks attention_heads / tp heads, and kv_heads / tp key-value heads or, where there are
     more ranks than key-value heads, a copy of one: then kv_heads has to divide tp.
 
     Args:
+        model: what its config.json has.
         world_size: ranks of the job, taken for `tp` where rollout.tensor_parallel_size is None.
 
     Raises:
-        ConfigError: if the folder or its config.json is missing, if tensor parallelism does not divide its heads, or
-            if rollout.max_model_len exceeds the model's positions.
+        ConfigError: if tensor parallelism does not divide its heads, or if rollout.max_model_len exceeds its positions.
     """
-    if not is_local(config.model.path):
-        return
-    model = _read_model_config(config.model.path)
-    model = model.get("text_config", model)  # multimodal models nest the language model's numbers
+    model = dict(model.get("text_config", model))  # multimodal models nest the language model's numbers
     tp = config.rollout.tensor_parallel_size or world_size
     heads = model.get("num_attention_heads")
-    kv_heads = model.get("num_key_value_heads") or heads
+    kv_heads: int = model.get("num_key_value_heads") or heads or 1
     if heads is not None and (heads % tp or (kv_heads % tp and tp % kv_heads)):
         raise ConfigError(
             f"model.path is {config.model.path!r}: its {heads} attention heads and {kv_heads} key-value heads cannot "
@@ -86,6 +96,8 @@ def check_model(config: Experiment, world_size: int = 1) -> None:
             "set rollout.tensor_parallel_size=1"
         )
     positions = model.get("max_position_embeddings")
+    if any((model.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters")):
+        positions = None  # stretched beyond them; how far is vLLM's to say
     if positions is not None and config.rollout.max_model_len > positions:
         raise ConfigError(
             f"rollout.max_model_len is {config.rollout.max_model_len}, but the model at {config.model.path!r} has "
@@ -94,7 +106,7 @@ def check_model(config: Experiment, world_size: int = 1) -> None:
 
 
 def _read_model_config(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser() / "config.json"
+    file = Path(path) / "config.json"
     if not file.is_file():
         what = "has no config.json" if file.parent.is_dir() else "is not a folder"
         raise ConfigError(

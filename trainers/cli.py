@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from trainers.checks import check_model, check_world
-from trainers.config import EvaluateConfig, Experiment
+from trainers.config import Experiment
 from trainers.console import RED, painted, set_up_console
 from trainers.errors import ConfigError
 from trainers.help import WIDEST, help_text
@@ -32,6 +32,7 @@ Config = TypeVar("Config", bound=Experiment)
 
 VERBOSE = "--verbose"
 YAML_SUFFIXES = (".yaml", ".yml")
+PATH_KEYS = {"model.path", "ppo.critic", "data.source", "evaluation.source", "run.directory", "checkpoint.resume"}
 WAIT_FOR_FIRST_RANK_S = 5.0
 
 
@@ -63,7 +64,7 @@ def run_cli(config_class: type[Config], main: Callable[[Config], None], argv: Se
         if not dry_run:
             main(config)
         elif _local_rank() == 0:
-            summary = _check_data(config)
+            summary = _check_data(config, world_size)
             print(dump(config), end="")
             print(summary, file=sys.stderr)
     except ConfigError as error:
@@ -115,6 +116,7 @@ rollout.max_num_seqs? `--help` lists all keys
     if overrides:
         override_arguments = [f"--{key}={given.text}" for key, given in overrides.items()]
         parsed = _parse_types(config_class, file_arguments + override_arguments, from_file | overrides, keys)
+    _expand_homes(parsed, keys)
     try:
         sections = {name: _section(hint, parsed[name]) for name, hint in typing.get_type_hints(config_class).items()}
         return config_class(**sections), dry_run
@@ -186,6 +188,13 @@ def _parse_types(config_class: type, arguments: list[str], given: dict[str, Give
         if value.is_text and keys[key] == str | None:
             parsed[key] = value.text
     return parsed
+
+
+def _expand_homes(parsed: Any, keys: dict[str, Any]) -> None:
+    """Put the user's home in place of a `~` that begins a path: a shell does so for words of its own alone."""
+    for key in PATH_KEYS & keys.keys():
+        if parsed[key] is not None:
+            parsed[key] = os.path.expanduser(parsed[key])
 
 
 def _read_overrides(words: list[str], keys: dict[str, Any]) -> dict[str, Given]:
@@ -271,33 +280,19 @@ def _nearest(key: str, keys: dict[str, Any]) -> str:
     return f"; there are {', '.join(group)} (`--help` lists all keys)"
 
 
-def _check_data(config: Experiment) -> str:
+def _check_data(config: Experiment, world_size: int) -> str:
     """Read the tokenizer and the data, as the run would."""
-    from transformers import AutoTokenizer
-
     from trainers.environment import Environment
-    from trainers.held_out import load_data, load_evaluation_prompts
-    from trainers.lora import check_target_modules
+    from trainers.prepare import prepare
     from trainers.reward_functions import load_functions
-    from trainers.rewards import check_answers
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            Path(config.model.path).expanduser().as_posix(), trust_remote_code=False
-        )
-    except Exception as error:  # of many kinds: no such name, no network, a broken file
-        raise ConfigError(f"model.path is {config.model.path!r}; its tokenizer cannot be loaded: {error}") from error
-    check_target_modules(config.model.path, config.lora)
-    alone = isinstance(config, EvaluateConfig)
-    examples, evaluated = ([], load_evaluation_prompts(config, tokenizer)) if alone else load_data(config, tokenizer)
-    everything = [*examples, *evaluated]
-    check_answers([example.answer for example in everything], config.reward)
+    found = prepare(config, world_size)
     load_functions(config.reward.paths)
-    Environment(dataclasses.replace(config.environment, workers=0), tokenizer)
-    longest = max(len(example.prompt_ids) for example in everything)
+    Environment(dataclasses.replace(config.environment, workers=0), found.tokenizer)
+    longest = max(len(example.prompt_ids) for example in [*found.training, *found.evaluation])
     return (
-        f"The config is sound: {len(examples)} prompts to train on and {len(evaluated)} to evaluate on, of at most "
-        f"{longest} tokens. Nothing was trained (--dry-run)."
+        f"The config is sound: {len(found.training)} prompts to train on and {len(found.evaluation)} to evaluate on, "
+        f"of at most {longest} tokens. Nothing was trained (--dry-run)."
     )
 
 

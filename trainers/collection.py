@@ -61,18 +61,19 @@ class Collector:
         hyper = self.config.algorithm
         rounds: list[Round] = []
         of_rounds: list[dict[str, float]] = []
-        while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
-            examples = next(self.stream)
-            with self.engine.awake(), self.phase("generate"):
-                seed = round_seed(step, len(rounds))
-                scoring = self.scorer.begin(examples)
-                cpu_s = time.process_time()
-                rollouts, of_group = self.environment.generate(
-                    self.engine, examples, self.config.sampling, seed, scoring.on_step
-                )
-                of_rounds.append(rollout_metrics(self.engine, of_group, time.process_time() - cpu_s))
-            with self.phase("reward"):
-                rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
+        with self.engine.awake():  # through all rounds: an engine that has slept may have given its weights back
+            while not rounds or (len(rounds) < hyper.max_rounds and count_groups(rounds) < hyper.prompts_per_step):
+                examples = next(self.stream)
+                with self.phase("generate"):
+                    seed = round_seed(step, len(rounds))
+                    scoring = self.scorer.begin(examples)
+                    cpu_s = time.process_time()
+                    rollouts, of_group = self.environment.generate(
+                        self.engine, examples, self.config.sampling, seed, scoring.on_step
+                    )
+                    of_rounds.append(rollout_metrics(self.engine, of_group, time.process_time() - cpu_s))
+                with self.phase("reward"):
+                    rounds.append(Round(examples, rollouts, scoring.finish(rollouts)))
         scores = join_scores([each.scores for each in rounds])
         return rounds, add_rounds(of_rounds) | scores.metrics() | reward_metrics(scores.total)
 

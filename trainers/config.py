@@ -26,7 +26,8 @@ class ModelConfig:
 
     Args:
         path: local folder in Hugging Face format, or a hub name; `make model` makes the default one.
-        dtype: the trainer's master weights (the engine's own copy has rollout.dtype).
+        dtype: the trainer's master weights (the engine's own copy has rollout.dtype); bfloat16 for weights that are not
+            trained alone (lora.rank), since it rounds an update of a usual learning rate away.
         autocast: the precision of the trainer's matrix products; no keeps that of `dtype`.
         gradient_checkpointing: true recomputes activations in the backward pass: less memory, slower.
         sharding: of the trainer's weights, gradients and optimizer state, over all ranks - ddp (every rank has all of
@@ -289,8 +290,12 @@ class EvaluationConfig:
             null never evaluates in training.
         held_out: share of the distinct problems of `data` that is kept out of the training, to evaluate on; drawn by
             data.seed. Of arithmetic a pair of operands is held out in both orders and with all operators. 0 keeps all.
-        source: a data set of its own to evaluate on, with the columns of `data`; null takes data.source.
+        source: a data set of its own to evaluate on; null takes data.source.
         split: of that data set; null takes data.split.
+        subset: of that data set; null takes data.subset, or, where `source` is set, its default.
+        prompt_column: of that data set; null takes data.prompt_column.
+        answer_column: of that data set; null takes data.answer_column.
+        instruction: text added to each question; null takes data.instruction.
         prompts: of one evaluation, all ranks together, the same ones each time; null takes all there are.
         n: sampled responses a prompt, for avg_at_k and pass_at_k, beside the greedy one for accuracy.
         temperature: of the sampled ones (the rest as in `sampling`); 0 leaves them out, greedy alone.
@@ -308,6 +313,10 @@ set evaluation.held_out=0.1, say, or evaluation.source or evaluation.split
     held_out: float = 0.0
     source: str | None = None
     split: str | None = None
+    subset: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    instruction: str | None = None
     prompts: int | None = 128
     n: int = 4
     temperature: float = 1.0
@@ -317,7 +326,7 @@ set evaluation.held_out=0.1, say, or evaluation.source or evaluation.split
     @property
     def has_own_data(self) -> bool:
         """True where other data is named than the training's."""
-        return self.source is not None or self.split is not None
+        return any(each is not None for each in (self.source, self.split, self.subset))
 
     def __post_init__(self) -> None:
         check_least("evaluation", self, {"every": 1, "prompts": 1, "n": 1, "temperature": 0, "k": 1})
@@ -330,8 +339,8 @@ set evaluation.held_out=0.1, say, or evaluation.source or evaluation.split
             )
         if self.held_out and self.has_own_data:
             raise ConfigError(
-                f"evaluation.held_out is {self.held_out}, but evaluation.source or evaluation.split names other data; "
-                "set one of the two"
+                f"evaluation.held_out is {self.held_out}, but evaluation.source, split or subset names other data; set "
+                "one of the two"
             )
         if self.every is not None and not self.held_out and not self.has_own_data:
             raise ConfigError(
@@ -410,11 +419,14 @@ class CheckpointConfig:
         resume: go on in an old run's folder - a run's folder (its newest whole checkpoint), one of its checkpoints
             (what came after it is dropped), or auto (the newest of the folder that run.name names; a new run where
             there is none yet). null starts a new run.
+        accept: keys that may differ from the checkpoint's when a run goes on, though they change what it learns, e.g.
+            ["optimizer.learning_rate"]; from there on it is another run.
     """
 
     every: int | None = None
     keep: int = 2
     resume: str | None = None
+    accept: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_least("checkpoint", self, {"every": 1, "keep": 1})
@@ -554,6 +566,7 @@ a prompt; raise rollout.max_model_len or lower sampling.max_tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_training(self, whole_critic=self.ppo.critic is not None)
         _check_partial(self)
 
 
@@ -581,6 +594,7 @@ prompt; set sampling.n=8, say
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_training(self)
         _check_partial(self)
         if self.sampling.n < 2 and self.grpo.advantage != "reinforce_pp":
             raise ConfigError(
@@ -600,6 +614,32 @@ class EvaluateConfig(Experiment):
 
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     grpo: GRPOHyperparameters = field(default_factory=GRPOHyperparameters)
+
+
+def _check_training(config: Experiment, whole_critic: bool = False) -> None:
+    """What an update asks of the rest of the config.
+
+    Args:
+        whole_critic: True if a critic of its own is trained, which has no adapters.
+    """
+    hyper, sampling = config.algorithm, config.sampling
+    name = hyper.section
+    if config.model.dtype == "bfloat16" and (config.lora.rank is None or whole_critic):
+        raise ConfigError(
+            "model.dtype is bfloat16, in which weights move by 1/256 of themselves at least: an update of a usual "
+            "learning rate is rounded away. Set model.dtype=float32 (with model.sharding=fsdp2 if that does not fit), "
+            "or train adapters with lora.rank"
+            + (f", without a critic of its own ({name}.critic=null)" if whole_critic else "")
+        )
+    shaped = [key for key in ("top_p", "top_k", "min_p") if getattr(sampling, key) != getattr(SamplingConfig(), key)]
+    if shaped and (hyper.old_logprobs == "engine" or hyper.mismatch != "no"):
+        because = f"{name}.old_logprobs is engine" if hyper.old_logprobs == "engine" else f"{name}.mismatch is in use"
+        raise ConfigError(
+            f"sampling.{shaped[0]} is {getattr(sampling, shaped[0])} and {because}: the engine's log-probs are of the "
+            "distribution that is cut, the trainer's of the whole one, and their ratio would not be 1 for one policy; "
+            f"leave sampling.{shaped[0]} at {getattr(SamplingConfig(), shaped[0])}, or set {name}.old_logprobs=trainer "
+            f"and {name}.mismatch=no"
+        )
 
 
 def _check_partial(config: Experiment) -> None:

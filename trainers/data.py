@@ -119,7 +119,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 def _read_rows(config: DataConfig) -> list[Row]:
     if config.source == "arithmetic":
         return arithmetic_problems(config.arithmetic_digits, config.arithmetic_operators, config.seed)
-    path = Path(config.source).expanduser()
+    path = Path(config.source)
     if path.suffix in FILE_SUFFIXES:
         if not path.is_file():
             raise ConfigError(f"data.source is {config.source!r}, which is not a file (seen from {Path.cwd()})")

@@ -1,21 +1,20 @@
 """The evaluation of one model, as a job of its own: `scripts/evaluate.py`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from rollout import RolloutEngine, beat, init_world, watched
 from trainers.cli import dump
-from trainers.config import EvaluateConfig
+from trainers.config import EvaluateConfig, RunConfig
 from trainers.dashboard import Dashboard
 from trainers.environment import Environment
 from trainers.evaluation import evaluate_and_show
-from trainers.held_out import load_evaluation_prompts
-from trainers.nodes import check_groups
-from trainers.rewards import check_answers
+from trainers.nodes import COLLECTIVE_SLACK_S, check_groups
+from trainers.prepare import prepare
 from trainers.run_folder import agreed_run_folder
 from trainers.scoring import Scorer
 
@@ -30,16 +29,15 @@ def run_evaluation(config: EvaluateConfig) -> Path:
         ConfigError: if the data or a setting is at fault; found before the model is loaded.
     """
     disable_progress_bar()
-    world = init_world()
+    world = init_world(COLLECTIVE_SLACK_S + config.rollout.stall_timeout_s)
     check_groups(config)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
-    examples = load_evaluation_prompts(config, tokenizer)
-    check_answers([example.answer for example in examples], config.reward)
+    found = prepare(config, world.size)
+    tokenizer, examples = found.tokenizer, found.evaluation
     with (
         Environment(config.environment, tokenizer, beat) as environment,
         Scorer(config.reward, tokenizer, beat, environment.dialogue) as scorer,
     ):
-        folder = agreed_run_folder(config.run, dump(config), world.is_main, "eval")
+        folder = agreed_run_folder(of_evaluation(config.run), dump(config), world.is_main, "eval")
         if world.is_main and config.run.progress:
             print(f"{folder}: {config.model.path} on {len(examples)} prompts of {origin(config)}", file=sys.stderr)
         with (
@@ -56,6 +54,16 @@ def run_evaluation(config: EvaluateConfig) -> Path:
     dist.barrier()
     dist.destroy_process_group()
     return folder
+
+
+def of_evaluation(run: RunConfig) -> RunConfig:
+    """The name of a run that is there already is the evaluated run's, from its config.yaml: it is not ours to take.
+
+    >>> of_evaluation(RunConfig(directory="docs", name="pictures")).name is None
+    True
+    """
+    taken = run.name is not None and (Path(run.directory) / run.name).exists()
+    return replace(run, name=None) if taken else run
 
 
 def origin(config: EvaluateConfig) -> str:

@@ -30,9 +30,7 @@ def targets(batch: TrainBatch, config: GRPOConfig) -> TrainBatch:
     if not len(batch):  # the others still whiten with this rank
         nothing = torch.zeros_like(batch.engine_logprobs)
         return batch.with_targets(whiten(nothing, mask) if grpo.advantage == "reinforce_pp" else nothing)
-    rewards = token_rewards(
-        batch.scores, batch.sampled_logprobs, batch.ref_logprobs, mask, grpo.reward_kl_coef, grpo.kl_estimator
-    )
+    rewards = token_rewards(batch.scores, batch.sampled_logprobs, batch.ref_logprobs, mask, grpo.reward_kl_coef)
     if grpo.advantage == "reinforce_pp":
         to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)
         return batch.with_targets(whiten(to_go, mask))

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OF_THE_DATA = ("source", "split", "subset", "prompt_column", "answer_column", "instruction")
+"""Keys of `evaluation` that mean for its data what those of `data` do."""
+
+
 def load_data(config: Experiment, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Example], list[Example]]:
     """The prompts to train on and those to evaluate on: the same two lists on all ranks.
 
@@ -101,9 +105,17 @@ def problem(text: str) -> str:
 
 
 def _read_named(config: Experiment, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    evaluation, data = config.evaluation, config.data
-    own = replace(data, source=evaluation.source or data.source, split=evaluation.split or data.split)
-    return load_prompts(own, tokenizer, config.max_prompt_tokens)
+    evaluation = config.evaluation
+    named = {key: getattr(evaluation, key) for key in OF_THE_DATA}
+    own = replace(config.data, **{key: value for key, value in named.items() if value is not None})
+    if evaluation.source is not None:
+        own = replace(own, subset=evaluation.subset)  # another data set's subset means nothing here
+    try:
+        return load_prompts(own, tokenizer, config.max_prompt_tokens)
+    except ConfigError as error:
+        if not evaluation.has_own_data:
+            raise
+        raise ConfigError(f"in the data to evaluate on (evaluation.* stands in for data.*): {error}") from error
 
 
 def _rank(seed: int, text: str) -> bytes:

@@ -27,7 +27,9 @@ class Hyperparameters:
         entropy_coef: weight of the entropy bonus; 0 switches it off.
         kl_coef: weight of the KL penalty against the frozen first policy, a token; 0 loads no reference model.
         kl_in: where the penalty goes - reward (a part of each token's reward) or loss (a term of the loss).
-        kl_estimator: k1 (log-ratio), k2 (half its square) or k3 (Schulman 2020, joschu.net/blog/kl-approx.html).
+        kl_estimator: of that penalty - k1 (log-ratio), k2 (half its square) or k3 (Schulman 2020,
+            joschu.net/blog/kl-approx.html); null takes k1 in the reward and k3 in the loss. Only k1 in the reward and
+            k2 or k3 in the loss pull towards the reference (arXiv 2506.09477).
         old_logprobs: whose log-probs the ratio starts from - trainer (computed anew before the first update, or for
             nothing where a batch makes a single update) or engine (as sampled: one pass less, and the ratio also
             corrects for what engine and trainer disagree in).
@@ -50,7 +52,7 @@ class Hyperparameters:
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     mismatch: Literal["no", "truncate", "mask"] = "no"
     mismatch_level: Literal["token", "sequence"] = "token"
@@ -77,6 +79,11 @@ class Hyperparameters:
         return self.kl_coef if self.kl_in == "reward" else 0.0
 
     @property
+    def estimator(self) -> Literal["k1", "k2", "k3"]:
+        """Of the KL penalty: as `kl_estimator` says, or the usual one of its place."""
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """True if the trainer's log-probs are wanted before the first update: by a second one, or by the rewards."""
         updates = self.epochs * self.minibatches
@@ -90,10 +97,12 @@ class Hyperparameters:
         check_above_zero(name, self, "clip_range", "clip_range_high")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ConfigError(f"{name}.dual_clip is {self.dual_clip}; it must be above 1, or null")
-        if self.kl_coef and (self.kl_in, self.kl_estimator) == ("loss", "k1"):
+        if self.kl_coef and (self.kl_in == "loss") == (self.estimator == "k1"):
+            gradient, other = ("0", "k2 or k3") if self.kl_in == "loss" else ("not that of the KL", "k1")
+            elsewhere = "reward" if self.kl_in == "loss" else "loss"
             raise ConfigError(
-                f"{name}.kl_in is loss and {name}.kl_estimator is k1, whose gradient is 0 on average; set "
-                f"{name}.kl_estimator=k2 or k3, or {name}.kl_in=reward"
+                f"{name}.kl_in is {self.kl_in} and {name}.kl_estimator is {self.estimator}, whose gradient is then "
+                f"{gradient} on average; set {name}.kl_estimator={other}, or {name}.kl_in={elsewhere}"
             )
         if self.mismatch != "no" and self.old_logprobs == "engine":
             raise ConfigError(
@@ -161,7 +170,6 @@ class GRPOHyperparameters(Hyperparameters):
     prompts_per_step: int = 16
     minibatches: int = 1
     kl_in: Literal["reward", "loss"] = "loss"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
     filter_groups: bool = False
     oversample: int = 0

@@ -79,7 +79,9 @@ def make_optimizer(config: Experiment, policy: Policy) -> torch.optim.Optimizer:
     trained = [parameter for parameter in policy.language_model.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.optimizer.learning_rate}]
     if of_critic := policy.critic_parameters():
-        value_learning_rate = config.optimizer.value_learning_rate or config.optimizer.learning_rate
+        value_learning_rate = config.optimizer.value_learning_rate
+        if value_learning_rate is None:
+            value_learning_rate = config.optimizer.learning_rate
         groups.append({"params": of_critic, "lr": value_learning_rate})
     optimizer = torch.optim.AdamW(
         groups,
@@ -93,19 +95,19 @@ def make_optimizer(config: Experiment, policy: Policy) -> torch.optim.Optimizer:
     return optimizer
 
 
-def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, seed: int) -> dict[str, float]:
+def optimize(batch: TrainBatch, learner: Learner, loss: Loss, config: Any, step: int) -> dict[str, float]:
     """All updates of one step; returns the train/* metrics, means over its minibatches, all ranks.
 
     Args:
         batch: this rank's, with targets.
         loss: of a micro-batch; see `Loss`.
-        seed: of the minibatches.
+        step: counted from 0: sets the learning rate, and seeds the order of the responses.
     """
-    warm_up(learner.optimizer, seed, config.optimizer.warmup_steps)
+    warm_up(learner.optimizer, step, config.optimizer.warmup_steps)
     hyper = config.algorithm
     start = time.perf_counter()
     num_tokens = int(sum_over_ranks(batch.lengths.sum()).item()) * hyper.epochs
-    minibatches = batch.minibatches(hyper.minibatches, hyper.epochs, seed)
+    minibatches = batch.minibatches(hyper.minibatches, hyper.epochs, step)
     updates = []
     for minibatch in minibatches:
         with span("update", responses=len(minibatch)):
@@ -135,7 +137,7 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
     ).tolist()
     if not num_tokens:
         return {}
-    whole = Minibatch(num_tokens, num_sequences, config.sampling.max_tokens)
+    totals = Minibatch(num_tokens, num_sequences, config.sampling.max_tokens)
     stats: dict[str, torch.Tensor] = {}
     parts = microbatches(minibatch, config.algorithm.micro_batch_tokens, learner.policy.packs)
     device = minibatch.input_ids.device
@@ -145,7 +147,7 @@ def update(minibatch: TrainBatch, learner: Learner, loss: Loss, config: Any) -> 
         with gradients_travel(learner, config, is_last=number == len(todo)):
             with span("forward", responses=len(part)), learner.accelerator.autocast():
                 output = learner.ddp(part, config.sampling.temperature, entropy=True)
-            part_loss, part_stats = loss(part, output, config, whole)
+            part_loss, part_stats = loss(part, output, config, totals)
             if rows is None:
                 # Not the loss times 0: it may be infinite, since the row is nobody's.
                 part_loss = 0.0 * sum(each.sum() for each in (output.logprobs, output.values) if each is not None)
@@ -200,18 +202,19 @@ def clip_gradients(learner: Learner, config: Experiment) -> Stats:
         grad_norm, and value_grad_norm of such a critic, before it.
 
     Raises:
-        FloatingPointError: if the policy's is not finite.
+        FloatingPointError: if one is not finite.
     """
     policy, limit = learner.policy, config.optimizer.max_grad_norm
     parameters = list(policy.parameters() if policy.critic is None else policy.language_model.parameters())
     norms = {"grad_norm": whole(learner.accelerator.clip_grad_norm_(parameters, limit))}
     if policy.critic is not None:  # unscaled already, with the policy's: they share an optimizer
         norms["value_grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(policy.critic_parameters(), limit))
-    if not torch.isfinite(norms["grad_norm"]) and config.model.autocast != "fp16":
-        raise FloatingPointError(
-            f"the gradient's norm is {norms['grad_norm'].item()}; lower optimizer.learning_rate, or look at the last "
-            "samples"
-        )
+    for name, norm in norms.items():
+        if not torch.isfinite(norm) and config.model.autocast != "fp16":
+            raise FloatingPointError(
+                f"train/{name} is {norm.item()}: the gradient is not finite; look at the last samples, and start again "
+                "from a checkpoint with a lower optimizer.learning_rate"
+            )
     return norms
 
 

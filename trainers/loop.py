@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import set_seed
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rollout import RolloutEngine, Watch, World, beat, init_world, span, watched
@@ -29,16 +30,14 @@ from trainers.dynamic_sampling import Round
 from trainers.environment import Environment
 from trainers.evaluation import evaluate_and_show, is_due
 from trainers.export import export_policy
-from trainers.held_out import load_data
 from trainers.learner import Learner, Loss, make_learner, optimize
-from trainers.lora import check_target_modules
 from trainers.no_grad_pass import no_grad_pass
-from trainers.nodes import check_groups
+from trainers.nodes import COLLECTIVE_SLACK_S, check_groups
 from trainers.partial import Unfinished
 from trainers.plots import plot_run
 from trainers.policy import Policy
+from trainers.prepare import prepare
 from trainers.resume import Start, agreed_start, restore, restore_carried, taken
-from trainers.rewards import check_answers
 from trainers.scoring import Scorer
 from trainers.timeline import timed_by_thread
 
@@ -88,17 +87,17 @@ def train(config: Experiment, algorithm: Algorithm) -> Path:
             is loaded. (Only a damaged checkpoint is found out later.)
     """
     disable_progress_bar()
-    world = init_world()
+    world = init_world(COLLECTIVE_SLACK_S + config.rollout.stall_timeout_s)
     check_groups(config)
     set_seed(config.run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
-    check_target_modules(config.model.path, config.lora)
-    stream, held_out = prompts(config, tokenizer, world)
+    found = prepare(config, world.size)
+    tokenizer = found.tokenizer
     with (  # their workers start before there are threads and devices
         Environment(config.environment, tokenizer, beat) as environment,
         Scorer(config.reward, tokenizer, beat, environment.dialogue) as scorer,
     ):
-        job = Job(config, algorithm, world, tokenizer, stream, held_out, environment, scorer)
+        stream = prompt_stream(found.training, config, world)
+        job = Job(config, algorithm, world, tokenizer, stream, found.evaluation, environment, scorer)
         start = agreed_start(config, stream.examples, world)
         with taken(start, config, world), watched(start.folder, config.rollout.stall_timeout_s) as watch:
             learn(job, start, watch)
@@ -122,22 +121,12 @@ def learn(job: Job, start: Start, watch: Watch) -> None:
             with dashboard.phase(name), watch.busy(f"in phase {name}"), span(name):
                 yield
 
-        def evaluation(step: int) -> dict[str, float]:
-            """Of the policy after `step` updates, where one is due."""
-            if not is_due(step, config.evaluation.every, steps):
-                return {}
-            with watch.busy("evaluating"), engine.awake():
-                engine.sync_weights(learner.policy.language_model, version=step)
-                return evaluate_and_show(
-                    engine, job.held_out, job.scorer, job.tokenizer, config.sampling, config.evaluation, step,
-                    dashboard, job.environment.generate,
-                )  # fmt: skip
-
         learner = make_learner(config, job.algorithm.load(config), world.device)
         unfinished = Unfinished(config.partial, job.stream.examples)
         collector = Collector(engine, job.stream, job.environment, job.scorer, unfinished, config, phase)
         restore(start, learner, job.stream, config.run.seed)
         restore_carried(start, unfinished, world)
+        evaluation = partial(evaluate_if_due, job, engine, learner, dashboard, watch)
         for step in range(start.step, steps):
             evaluated = evaluation(step)
             timeline = timed_by_thread(step, config.run.timeline_steps, folder, world)
@@ -162,6 +151,21 @@ def learn(job: Job, start: Start, watch: Watch) -> None:
             plot_run(folder)
 
 
+def evaluate_if_due(
+    job: Job, engine: RolloutEngine, learner: Learner, dashboard: Dashboard, watch: Watch, step: int
+) -> dict[str, float]:
+    """The eval/* metrics of the policy after `step` updates; none where no evaluation is due. A collective."""
+    config = job.config
+    if not is_due(step, config.evaluation.every, config.algorithm.steps):
+        return {}
+    with watch.busy("evaluating"), engine.awake():
+        engine.sync_weights(learner.policy.language_model, version=step)
+        return evaluate_and_show(
+            engine, job.held_out, job.scorer, job.tokenizer, config.sampling, config.evaluation, step,
+            dashboard, job.environment.generate,
+        )  # fmt: skip
+
+
 def update_policy(
     job: Job, learner: Learner, rounds: Sequence[Round], step: int, phase: Callable[[str], AbstractContextManager[None]]
 ) -> dict[str, float]:
@@ -176,7 +180,7 @@ def update_policy(
             return metrics
         batch = job.algorithm.targets(with_old_figures(batch, learner, job.config), job.config)
     with phase("optimize"):
-        return metrics | optimize(batch, learner, job.algorithm.loss, job.config, seed=step)
+        return metrics | optimize(batch, learner, job.algorithm.loss, job.config, step)
 
 
 def announce(job: Job, folder: Path) -> None:
@@ -186,15 +190,10 @@ def announce(job: Job, folder: Path) -> None:
         print(f"{folder}: starting the engine{slow}", file=sys.stderr, flush=True)
 
 
-def prompts(config: Experiment, tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[PromptStream, list[Example]]:
-    """This rank's share of the prompts to train on, and all to evaluate on; each one checked against the engine's
-    limits and the reward's.
-    """
-    examples, held_out = load_data(config, tokenizer)
-    check_answers([example.answer for example in [*examples, *held_out]], config.reward)
+def prompt_stream(examples: Sequence[Example], config: Experiment, world: World) -> PromptStream:
+    """This rank's share of the prompts to train on, step by step."""
     per_rank = config.algorithm.prompts_per_step // world.size
-    stream = PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
-    return stream, held_out
+    return PromptStream(examples, per_rank, world.rank, world.size, config.data.seed, config.data.shuffle)
 
 
 def with_old_figures(batch: TrainBatch, learner: Learner, config: Experiment) -> TrainBatch:

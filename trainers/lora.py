@@ -56,7 +56,7 @@ def check_target_modules(path: str, lora: LoraConfig) -> None:
         ConfigError: as of `add_adapters`.
     """
     if lora.rank is not None and lora.target_modules:
-        config = AutoConfig.from_pretrained(Path(path).expanduser().as_posix(), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         target_layers(model, lora.target_modules)

@@ -2,7 +2,7 @@
 
 Shapes are free, commonly (batch, response); all tensors of a call share one. A loss is a SUM over the masked tokens of
 this micro-batch on this rank, divided by `num_tokens`: the number of valid tokens of the whole minibatch, over all
-ranks and all micro-batches (`across_ranks.count_over_ranks`). Accumulated over micro-batches and summed over ranks
+ranks and all micro-batches. Accumulated over micro-batches and summed over ranks
 it is the mean over tokens of the one big batch. The statistics are parts of the same kind: add them up likewise.
 """
 
@@ -134,12 +134,13 @@ def kl_loss(
     mask: torch.Tensor,
     weights: torch.Tensor,
     num_tokens: int,
-    estimator: Literal["k2", "k3"],
+    estimator: Literal["k1", "k2", "k3"],
 ) -> tuple[torch.Tensor, Stats]:
     """KL(policy || reference) as a term of the loss (GRPO, arXiv:2402.03300, eq. 4 with k3).
 
     Its gradient is that of the estimator at the sampled token. k2's is, on average, the gradient of the KL; k3's is
-    that of the reverse one, the same to first order where the two policies are close (Schulman 2020).
+    that of the reverse one, the same to first order where the two policies are close (Schulman 2020); k1's is 0, which
+    serves to watch a penalty that is in the rewards.
 
     Args:
         logprobs: float, of the policy in training, with gradient.

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,7 +127,7 @@ def adapters_in(model: PreTrainedModel, lora: LoraConfig) -> Adapters | None:
 
 def _config_of(path: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(Path(path).expanduser().as_posix(), trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such name, no network, a broken file
         raise ConfigError(
             f"model.path is {path!r}, whose config cannot be read: {error}. Give a hub name that this machine can "

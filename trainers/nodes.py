@@ -12,6 +12,8 @@ from trainers.checkpoint import on_main
 from trainers.config import Experiment
 from trainers.errors import ConfigError
 
+COLLECTIVE_SLACK_S = 60.0
+"""By which collectives outlast rollout.stall_timeout_s: the watch has the first word, since it knows who hangs."""
 SEEN_WITHIN_S = 10.0  # what one node has written may take a moment to be seen on another: NFS keeps what it once read
 
 
@@ -37,7 +39,7 @@ def check_shared(config: Experiment, world: World) -> None:
     if every is None or len({machine.key for machine in machines}) == 1:
         return
     key = "run.directory" if resume in (None, "auto") else "checkpoint.resume"
-    folder = Path(config.run.directory if key == "run.directory" else str(resume)).expanduser()
+    folder = Path(config.run.directory if key == "run.directory" else str(resume))
     name = [f".seen-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
     mark = folder / name[0]

@@ -63,12 +63,12 @@ def policy_objective(
         hyper.clip_range, hyper.clip_range_high, hyper.dual_clip,
     )  # fmt: skip
     stats |= parts
-    if hyper.kl_coef and hyper.kl_in == "loss":
-        assert part.ref_logprobs is not None and hyper.kl_estimator != "k1"
-        penalty, parts = kl_loss(
-            logprobs, part.ref_logprobs, mask, penalty_weights, whole.num_tokens, hyper.kl_estimator
-        )
-        loss, stats = loss + hyper.kl_coef * penalty, stats | parts
+    if hyper.kl_coef:
+        assert part.ref_logprobs is not None
+        penalty, parts = kl_loss(logprobs, part.ref_logprobs, mask, penalty_weights, whole.num_tokens, hyper.estimator)
+        stats |= parts
+        if hyper.kl_in == "loss":
+            loss = loss + hyper.kl_coef * penalty
     entropy = output.entropy if hyper.entropy_coef else output.entropy.detach()  # no gradient for what is only logged
     bonus, parts = entropy_bonus(unpack(entropy, mask), mask, whole.num_tokens)
     return loss - hyper.entropy_coef * bonus, stats | parts

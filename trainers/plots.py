@@ -1,6 +1,5 @@
 """Pictures of finished runs, drawn from their metrics.jsonl."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,34 +50,6 @@ def plot_run(folder: Path | str) -> list[Path]:
     if any(name.startswith("phase/") for row in rows for name in row):
         written.append(_save(_phases_figure(rows, folder.name), folder / "phases.png"))
     return written
-
-
-def plot_rewards(folders: Sequence[Path | str], labels: Sequence[str], output: Path | str) -> Path:
-    """Draw the mean reward of several runs, as of several seeds, and their mean over the steps that all of them have.
-
-    Args:
-        folders: of the runs.
-        labels: one a run.
-        output: the PNG to write.
-
-    Raises:
-        ValueError: if there are not as many labels as folders, or a folder holds no metrics.
-    """
-    if not folders or len(folders) != len(labels):
-        raise ValueError(f"{len(folders)} folders and {len(labels)} labels were given; give at least one, as many each")
-    figure, axes = _figure("step", "mean reward of a step")
-    curves = [_series(_rows_of(Path(folder)), "reward/mean") for folder in folders]
-    for index, ((steps, rewards), label) in enumerate(zip(curves, labels, strict=True)):
-        colour = SEED_COLOURS[index % len(SEED_COLOURS)]
-        axes.plot(steps, rewards, color=colour, linewidth=1.3, alpha=0.9, label=label)
-    if len(curves) > 1:
-        common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
-        by_step = [dict(zip(*curve, strict=True)) for curve in curves]
-        mean = [np.mean([rewards[step] for rewards in by_step]) for step in common]
-        axes.plot(common, mean, color=BLACK, linewidth=2.4, label=f"mean of {len(curves)}")
-    _fit_reward_axis(axes)
-    _legend(axes)
-    return _save(figure, Path(output))
 
 
 def _reward_figure(rows: list[dict[str, float]], title: str) -> Figure:

@@ -31,9 +31,7 @@ def targets(batch: TrainBatch, config: PPOConfig) -> TrainBatch:
         nothing = torch.zeros_like(batch.engine_logprobs)
         return batch.with_targets(whiten(nothing, mask) if ppo.whiten_advantages else nothing, nothing)
     assert batch.values is not None
-    rewards = token_rewards(
-        batch.scores, batch.sampled_logprobs, batch.ref_logprobs, mask, ppo.reward_kl_coef, ppo.kl_estimator
-    )
+    rewards = token_rewards(batch.scores, batch.sampled_logprobs, batch.ref_logprobs, mask, ppo.reward_kl_coef)
     advantages, returns = gae(rewards, batch.values, mask, ppo.gamma, ppo.lam)
     return batch.with_targets(whiten(advantages, mask) if ppo.whiten_advantages else advantages, returns)
 

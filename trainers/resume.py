@@ -72,6 +72,7 @@ FREE_MEANS = (
     "rollout.async_scheduling",
     "rollout.enforce_eager",
     "rollout.enable_prefix_caching",
+    "rollout.sleep",
     "rollout.stall_timeout_s",
     "rollout.shutdown_timeout_s",
     "reward.workers",
@@ -81,6 +82,10 @@ FREE_MEANS = (
     "ALGORITHM.micro_batch_tokens",
 )
 """May differ, as the number of ranks may: memory and speed; of the results, only the rounding."""
+
+BINDING_ROLLOUT_KEYS = ("dtype", "head_dtype", "max_model_len", "balance", "seed", "simulate_step_ms")
+"""Of `rollout`, those that change what is sampled; the others are among FREE_MEANS."""
+HELD_OUT = "evaluation.held_out"
 
 SAMPLED_BYTES, SAMPLES = 4096, 64  # of each file of weights, for its fingerprint
 
@@ -235,7 +240,7 @@ def _decide(config: Experiment, examples: Sequence[Example], world_size: int, re
         if folder.exists():
             return _newest_of(folder, config, origin, world_size)
     elif resume is not None:
-        return _from_checkpoint(find_checkpoint(Path(resume).expanduser()), config, origin, world_size)
+        return _from_checkpoint(find_checkpoint(Path(resume)), config, origin, world_size)
     return Start(create_run_folder(config.run, config.algorithm.section, recorded(config)), origin)
 
 
@@ -275,12 +280,18 @@ def check_same(about: About, config: Experiment, origin: dict[str, str], world_s
     means = [key for key in differing if key in {key.replace("ALGORITHM", name) for key in FREE_MEANS}]
     wrong = [key for key in differing if not key.startswith(free) and key not in means]
     others = [key for key in sorted(about.origin.keys() | origin.keys()) if about.origin.get(key) != origin.get(key)]
-    lines = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in wrong]
-    lines += [f"{key} ({now.get(key)!r}) holds something else than the run began with" for key in others]
+    change = {key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing}
+    accept = config.checkpoint.accept
+    if unknown := [key for key in accept if key not in now]:
+        raise ConfigError(f"checkpoint.accept has {unknown[0]!r}, which is no key; give section.key")
+    lines = [change[key] for key in wrong if key not in accept]
+    for key in others:
+        because = f" ({change[HELD_OUT]})" if key == "data.source" and HELD_OUT in differing else ""
+        lines.append(f"{key} ({now.get(key)!r}) holds something else than the run began with{because}")
     if lines:
         raise ConfigError(
             f"the checkpoint at step {about.step} cannot go on with another config: {'; '.join(lines)}. Set what it "
-            "was, or start a new run without checkpoint.resume"
+            "was, start a new run without checkpoint.resume, or name a setting that shall change in checkpoint.accept"
         )
     if about.step > config.algorithm.steps:
         raise ConfigError(
@@ -288,6 +299,9 @@ def check_same(about: About, config: Experiment, origin: dict[str, str], world_s
         )
     if world_size != about.world_size:
         means.append(f"{world_size} ranks instead of {about.world_size}")
+    if config.run.progress:
+        for key in wrong:
+            print(f"goes on as another run (checkpoint.accept): {change[key]}", file=sys.stderr)
     if means and config.run.progress:
         what = ", ".join(means)
         print(f"goes on with other means ({what}): the same run, but not to the last digit", file=sys.stderr)
@@ -368,7 +382,7 @@ def _of_model(path: str) -> str:
     if not is_local(path):
         return f"hub:{path}"
     digest = hashlib.sha256()
-    folder = Path(path).expanduser()
+    folder = Path(path)
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

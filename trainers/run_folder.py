@@ -59,10 +59,21 @@ def create_run_folder(run: RunConfig, algorithm: str, config_yaml: str) -> Path:
 
 
 def agreed_run_folder(run: RunConfig, config_yaml: str, is_main: bool, kind: str) -> Path:
-    """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one."""
+    """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one.
+
+    Raises:
+        ConfigError: on every rank, as of `create_run_folder`.
+    """
     import torch.distributed as dist  # not for those who only read about a run
 
-    folder = [create_run_folder(run, kind, config_yaml) if is_main else None]
+    from trainers.checkpoint import on_main
+
+    folder: list[Path | None] = [None]
+
+    def make() -> None:
+        folder[0] = create_run_folder(run, kind, config_yaml)
+
+    on_main(make)
     dist.broadcast_object_list(folder, src=0)
     assert folder[0] is not None
     return folder[0]

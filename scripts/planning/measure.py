@@ -183,7 +183,7 @@ def heap_share(world: World) -> float:
     largest = max(passes(batch, HEAP_TOKENS, packed=True), key=lambda each: each.tokens)
     reset_peak()
     for step in range(HEAP_STEPS):
-        optimize(batch, learner, loss, config, seed=step)
+        optimize(batch, learner, loss, config, step=step)
     precision = precision_of(config, on_cpu=True)
     updates = batch.minibatches(config.grpo.minibatches, config.grpo.epochs, seed=0)
     most_passes = max(len(passes(each, HEAP_TOKENS, packed=True)) for each in updates)

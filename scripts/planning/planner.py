@@ -233,7 +233,7 @@ def alternatives(config: Experiment, on_cpu: bool, ranks: int) -> Iterator[tuple
         share = rollout.gpu_memory_utilization
         while (share := round(share - 0.05, 2)) >= 0.05:
             yield f"rollout.gpu_memory_utilization={share:g}", _with(config, "rollout", gpu_memory_utilization=share)
-    if config.model.dtype == "float32":
+    if config.model.dtype == "float32" and config.lora.rank is not None and getattr(hyper, "critic", None) is None:
         yield "model.dtype=bfloat16", _with(config, "model", dtype="bfloat16")
 
 

@@ -48,7 +48,7 @@ PPO = {"gamma": 0.98, "lam": 0.9, "value_clip_range": 0.3, "value_coef": 0.5, **
 HYPERPARAMETERS = {
     "ppo": PPOHyperparameters(**PPO),
     "ppo_lora": PPOHyperparameters(**PPO),
-    "ppo_critic": PPOHyperparameters(**PPO, critic="given", kl_estimator="k2"),
+    "ppo_critic": PPOHyperparameters(**PPO, critic="given", kl_in="loss", kl_estimator="k2"),
     "grpo": GRPOHyperparameters(**COMMON, loss_mean="sequence"),
     "dapo": GRPOHyperparameters(
         **COMMON, clip_range_high=0.3, dual_clip=1.1, mismatch="truncate", mismatch_bounds=(0.5, 1.2), kl_estimator="k2"
@@ -66,7 +66,7 @@ HYPERPARAMETERS = {
         mismatch_level="sequence",
         mismatch_bounds=(0.8, 1.2),
     ),
-    "ppo_turns": PPOHyperparameters(**PPO, kl_estimator="k2"),
+    "ppo_turns": PPOHyperparameters(**PPO),
     "grpo_turns": GRPOHyperparameters(
         **COMMON,
         loss_mean="sequence",

@@ -53,7 +53,7 @@ def step(with_signal: int, accelerator: Accelerator) -> dict:
         group["initial_lr"] = 0.01
     learner = Learner(accelerator, policy, ddp, optimizer, reference=None)
     if metrics["rollout/trained_groups"]:
-        metrics |= optimize(batch, learner, grpo.loss, config, seed=0)
+        metrics |= optimize(batch, learner, grpo.loss, config, step=0)
     weights = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     return {"metrics": metrics, "weights": weights, "groups": len(groups), "rows": len(batch)}
 

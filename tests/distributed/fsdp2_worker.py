@@ -74,7 +74,7 @@ def train(case: str, folder: Path, sharding: str, learner: Learner, steps: range
     rows = []
     for step in steps:
         prepared = algorithm.targets(with_old_figures(batch(step), learner, config), config)
-        rows.append(optimize(prepared, learner, algorithm.loss, config, seed=step))
+        rows.append(optimize(prepared, learner, algorithm.loss, config, step=step))
     return [{name: value for name, value in row.items() if not name.endswith("per_s")} for row in rows]
 
 

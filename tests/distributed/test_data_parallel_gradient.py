@@ -48,7 +48,7 @@ def token_rewards(hyper, sampled, ref_logprobs) -> list[list[float]]:
     """The score on the last token, less a KL penalty on each where the rewards hold it."""
     rewards = []
     for row, score in enumerate(worker.SCORES):
-        penalty = ESTIMATE[hyper.kl_estimator](ref_logprobs[row] - sampled[row])
+        penalty = ESTIMATE["k1"](ref_logprobs[row] - sampled[row])
         of_row = (-hyper.kl_coef * penalty * (hyper.kl_in == "reward")).tolist()
         of_row[-1] += score
         rewards.append(of_row)
@@ -151,10 +151,10 @@ def one_big_batch(case: str) -> dict:
         stats |= {"mismatch_weight": weights.mean(), "mismatch_cut": cut.double().mean()}
     policy_loss = -mean_over(case, gain)
     loss = policy_loss - hyper.entropy_coef * entropies.mean()
+    estimate = ESTIMATE[hyper.estimator](torch.cat(reference) - logprobs)
+    stats["kl_ref"] = estimate.detach().mean()
     if hyper.kl_in == "loss":
-        estimate = ESTIMATE[hyper.kl_estimator](torch.cat(reference) - logprobs)
         loss = loss + hyper.kl_coef * mean_over(case, estimate)
-        stats["kl_ref"] = estimate.detach().mean()
     if values is not None:
         before = torch.cat(old_values)
         near = before + (values - before).clamp(-hyper.value_clip_range, hyper.value_clip_range)

@@ -87,7 +87,7 @@ def test_a_dead_host_costs_the_steps_since_the_last_checkpoint(result) -> None:
     assert [row["step"] for row in killed["rows"]] == ALL_STEPS
     assert [row["sync/version"] for row in killed["rows"]] == ALL_STEPS
     apart = differing(killed["rows"], result("one_host")["rows"])
-    assert max(apart.values(), default=0.0) < 1e-3, "four ranks: not to the last digit (docs/design.md)"
+    assert max(apart.values(), default=0.0) < 1e-3, "four ranks: not to the last digit (docs/design-training.md)"
     assert killed["next_step_after_s"] < STALL_S + 120.0
 
 

@@ -68,11 +68,13 @@ def test_what_was_said_is_written_down_and_was_not_trained_on(evaluated: Path) -
 
 
 def test_the_script_gives_the_figures_of_the_runs_end_again(evaluated: Path) -> None:
-    again = [f"model.path={evaluated / 'policy'}", "run.name=again", "wandb.mode=disabled"]
+    # The config names the run's own folder, which is not touched: the evaluation gets one of its own.
+    again = [f"model.path={evaluated / 'policy'}", "wandb.mode=disabled"]
     done = run("evaluate", str(evaluated / "config.yaml"), *again)
     assert "on 5 prompts of arithmetic, the share of 0.1 that is held out" in done.stderr
-    (row,), last = rows(evaluated.parent / "again"), rows(evaluated)[-1]
+    (folder,) = evaluated.parent.glob("eval-*")
+    (row,), last = rows(folder), rows(evaluated)[-1]
     for name in ("eval/accuracy", "eval/avg_at_k", "eval/pass_at_k", "eval/response_tokens_mean", "eval/prompts"):
         assert row[name] == pytest.approx(last[name]), name
-    answers = [sample["response"] for sample in samples(evaluated.parent / "again")]
+    answers = [sample["response"] for sample in samples(folder)]
     assert answers == [sample["response"] for sample in samples(evaluated)[10:]]

@@ -23,6 +23,7 @@ from trainers.config import (
     CheckpointConfig,
     DataConfig,
     GRPOConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
@@ -116,11 +117,38 @@ def test_a_value_out_of_range_is_refused_with_its_dotted_key(section, key, value
         ({"optimizer": OptimizerConfig(learning_rate=float("inf"))}, "optimizer.learning_rate"),
         ({"rollout": RolloutConfig(kv_cache_gib=float("nan"))}, "rollout.kv_cache_gib"),
         ({"checkpoint": CheckpointConfig(every=1, resume="auto")}, "checkpoint.resume"),
+        ({"model": ModelConfig(dtype="bfloat16")}, "model.dtype"),
+        (
+            {
+                "model": ModelConfig(dtype="bfloat16"),
+                "lora": LoraConfig(rank=8),
+                "ppo": PPOHyperparameters(critic="a/model"),
+            },
+            "model.dtype",
+        ),
+        ({"sampling": SamplingConfig(top_p=0.9), "ppo": PPOHyperparameters(mismatch="truncate")}, "sampling.top_p"),
+        ({"sampling": SamplingConfig(top_k=5), "ppo": PPOHyperparameters(old_logprobs="engine")}, "sampling.top_k"),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(sections, key):
     with pytest.raises(ConfigError, match=f"^{key} is "):
         PPOConfig(**sections)
+
+
+def test_adapters_may_stand_on_half_precision_and_a_cut_distribution_may_be_learned_from():
+    PPOConfig(model=ModelConfig(dtype="bfloat16"), lora=LoraConfig(rank=8))
+    PPOConfig(sampling=SamplingConfig(top_p=0.9, top_k=5, min_p=0.1))
+
+
+def test_a_home_in_a_path_is_put_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {source: ~/data.jsonl}\nevaluation: {source: ~/other.jsonl}\n")
+    words = ["model.path=~/m", "run.directory=~/runs", "ppo.critic=~/c", "checkpoint.resume=~/runs/x"]
+    config, _ = parse(PPOConfig, [str(file), *words])
+    paths = (config.model.path, config.run.directory, config.ppo.critic, config.checkpoint.resume, config.data.source)
+    assert paths == tuple(f"/home/me/{name}" for name in ("m", "runs", "c", "runs/x", "data.jsonl"))
+    assert config.evaluation.source == "/home/me/other.jsonl" and config.evaluation.split is None
 
 
 def test_the_prompt_limit_is_what_a_full_response_leaves():
@@ -214,7 +242,7 @@ def test_a_sequence_longer_than_the_models_positions_is_refused(tmp_path):
         check_model(config)
 
 
-@pytest.mark.parametrize("path", ["models/none-such", "./none-such", "/none-such", "~/none-such"])
+@pytest.mark.parametrize("path", ["models/none-such", "./none-such", "/none-such"])
 def test_a_missing_local_model_names_the_command_that_makes_one(path):
     with pytest.raises(ConfigError, match=r"make model.*python scripts/prepare_model.py"):
         check_model(PPOConfig(model=ModelConfig(path=path)))
@@ -438,6 +466,7 @@ def test_the_defaults_of_an_experiment_go_before_those_of_its_sections(capsys):
     ("keys", "words"),
     [
         ({"kl_coef": 0.1, "kl_in": "loss", "kl_estimator": "k1"}, "grpo.kl_estimator=k2 or k3"),
+        ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k3"}, "grpo.kl_estimator=k1, or grpo.kl_in=loss"),
         ({"mismatch": "mask", "old_logprobs": "engine"}, "correct for the same disagreement twice"),
         ({"mismatch_bounds": (1.5, 2.0)}, r"grpo.mismatch_bounds is \[1.5, 2.0\]"),
         ({"dual_clip": 1.0}, "grpo.dual_clip is 1.0; it must be above 1"),

@@ -28,15 +28,18 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
 RUN_BY = {
     "from transformers import AutoModelForCausalLM": "tests/smoke/test_readme.py",
     "# reinforce.py: REINFORCE with the group's mean as a baseline": "tests/engine/test_library.py",
-    "# best_of_n.py: the best response to each prompt is learnt, the others are not": "tests/engine/test_library.py",
-    "# mine.py": "tests/unit/test_docs.py",
+    "# best_of_n.py: learn from the best response to each prompt only": "tests/engine/test_library.py",
+    "# mine.py": "tests/engine/test_library.py",
+    "# short_reward.py": "tests/unit/test_docs.py",
+    "# teacher.py": "tests/unit/test_docs.py",
 }
 # Other blocks, by their first line: what they are.
 SHOWN = {
     "torchrun --nproc_per_node=2 scripts/ppo.py configs/ppo_arithmetic.yaml": "what make prints, and the run's lines",
     "step 1/16: reward": "the run's lines",
     "9/16 steps |": "the bar",
-    "rollout/              the library": "the map of the house",
+    "rollout/              the library": "the repository layout, file by file",
+    "rollout/        the library": "the repository layout",
     "torchrun ──> rank 0: trainer (data-parallel) + engine (tensor-parallel shard 0)": "a diagram",
     "main thread ": "a diagram",
     "world size = ": "a formula",
@@ -261,33 +264,34 @@ def settings_in(span: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "response", "expected"), [("short", "7", 1.0)])
-def test_the_readmes_reward(name: str, response: str, expected: float, tmp_path: Path) -> None:
-    functions = load_functions([f"{saved(f'def {name}(', tmp_path)}:{name}"])
+def test_the_reward_of_the_training_page(name: str, response: str, expected: float, tmp_path: Path) -> None:
+    functions = load_functions([f"{saved('short_reward.py', tmp_path)}:{name}"])
     assert judge(functions, Task(response, "7", Sample("3+4?", finished=True, tokens=10))) == [expected]
     assert judge(functions, Task(response, "7", Sample("3+4?", finished=True, tokens=100))) == [0.0]
 
 
-def test_the_readmes_environment(tmp_path: Path) -> None:
+def test_the_environment_of_the_training_page(tmp_path: Path) -> None:
     from trainers.conversation import Episode
 
-    (teacher,) = load_functions([f"{saved('def teacher(', tmp_path)}:teacher"]).values()
+    (teacher,) = load_functions([f"{saved('teacher.py', tmp_path)}:teacher"]).values()
     assert teacher(Episode("3+4?", "7", ("It is 7.",))) is None
     assert "Try again" in teacher(Episode("3+4?", "7", ("It is 8.",)))
 
 
-def saved(holds: str, folder: Path) -> Path:
-    """The README's block with this line, as a file."""
-    (block,) = [block for block in BLOCKS if block.page == "README.md" and holds in block.text]
+def saved(name: str, folder: Path) -> Path:
+    """The block of docs/training.md that begins with `# NAME`, as a file."""
+    (block,) = [block for block in BLOCKS if block.page == "docs/training.md" and block.first_line == f"# {name}"]
     ast.parse(block.text)
-    (folder / "mine.py").write_text(block.text)
-    return folder / "mine.py"
+    (folder / name).write_text(block.text)
+    return folder / name
 
 
-def test_the_map_of_the_house() -> None:
+def test_the_repository_layout() -> None:
     """Its files are there."""
-    (house,) = [block for block in BLOCKS if block.first_line.startswith("rollout/  ")]
+    blocks = [block for block in BLOCKS if block.page == "CONTRIBUTING.md"]
+    (layout,) = [block for block in blocks if block.first_line.startswith("rollout/  ")]
     folder, missing = "", []
-    for line in house.text.splitlines():
+    for line in layout.text.splitlines():
         if match := re.match(r"(\w+/)", line):
             folder = match[1]
         missing += [

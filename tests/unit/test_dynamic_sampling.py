@@ -1,21 +1,25 @@
 """Groups without signal are dropped, and nothing else; what is left is a batch like any other."""
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import trainers.collection
 from rollout import RolloutBatch
 from trainers.balance import join
 from trainers.batching import make_batch, no_rows
+from trainers.collection import Collector
 from trainers.config import GRPOConfig, SamplingConfig
 from trainers.dynamic_sampling import groups_with_signal, round_seed
 from trainers.errors import ConfigError
 from trainers.evaluation import EVALUATION_SEED
 from trainers.grpo import targets
 from trainers.hyperparameters import GRPOHyperparameters
+from trainers.scoring import Scores
 
 LENGTHS = [1, 2, 3, 4, 5, 6]
 
@@ -51,6 +55,52 @@ def test_joined_groups_are_their_rows_and_nothing_else():
         assert ours.response_ids.tolist() == theirs.response_ids.tolist()
         assert ours.logprobs.tolist() == theirs.logprobs.tolist()
         assert ours.finish_reason == theirs.finish_reason
+
+
+class Recorded:
+    """Stands in for the engine, environment, rewards and prompts of a Collector: notes what is asked of them."""
+
+    version = 0
+
+    def __init__(self, scores: list[list[float]]) -> None:
+        self.scores, self.said = iter(scores), []
+
+    @contextmanager
+    def awake(self):
+        yield self
+        self.said.append("asleep")
+
+    @contextmanager
+    def phase(self, name):
+        self.said.append(name)
+        yield
+
+    def __next__(self):
+        return [None] * 3
+
+    def begin(self, examples):
+        return self
+
+    on_step = None
+
+    def generate(self, *_):
+        return rollouts(), {"rollout/generated_tokens": 21, "rollout/seconds": 1.0}
+
+    def finish(self, batch):
+        total = np.array(next(self.scores))
+        return Scores(total, {}, np.zeros(len(total), bool))
+
+
+def test_the_engine_stays_awake_through_all_rounds_of_a_step(monkeypatch):
+    # Where it sleeps with rollout.sleep=all its weights are gone, and no sync stands between two rounds.
+    monkeypatch.setattr(trainers.collection, "rollout_metrics", lambda engine, of_group, cpu_s: of_group)
+    recorded = Recorded([[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]])
+    hyper = GRPOHyperparameters(filter_groups=True, oversample=3, prompts_per_step=3)
+    config = GRPOConfig(sampling=SamplingConfig(n=2), grpo=hyper)
+    collector = Collector(recorded, recorded, recorded, recorded, None, config, recorded.phase)
+    found, _ = collector.collect(step=0)
+    assert len(found) == 2, "1 of 3 groups, then 2 of 3"
+    assert recorded.said == ["generate", "reward"] * 2 + ["asleep"]
 
 
 def test_no_two_rounds_share_their_streams():

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -84,3 +85,14 @@ def test_what_a_run_loads(tmp_path, capsys):
     assert load_evaluation_prompts(EvaluateConfig(evaluation=own), tokenizer) == evaluated
     of_data = EvaluateConfig(data=DataConfig(source=str(file)))
     assert load_evaluation_prompts(of_data, tokenizer) == evaluated
+
+
+def test_other_data_to_evaluate_on_has_its_own_columns(tmp_path):
+    tokenizer = tiny_tokenizer()
+    file = tmp_path / "competition.jsonl"
+    file.write_text('{"problem": "1+1", "solution": "#### 2"}\n')
+    own = EvaluationConfig(source=str(file), prompt_column="problem", answer_column="solution", instruction=" Go.")
+    _, (example,) = load_data(PPOConfig(evaluation=own), tokenizer)
+    assert (example.answer, example.text) == ("2", "1+1 Go.")
+    with pytest.raises(ConfigError, match=r"^in the data to evaluate on .*: data.prompt_column is 'question'"):
+        load_data(PPOConfig(evaluation=replace(own, prompt_column=None)), tokenizer)

@@ -7,7 +7,7 @@ import pytest
 
 from trainers import plots
 from trainers.dashboard import METRICS_FILE, read_metrics, to_json_line
-from trainers.plots import plot_rewards, plot_run, running_mean
+from trainers.plots import plot_run, running_mean
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -73,24 +73,6 @@ def test_phases_stack_up_to_the_step(tmp_path):
         "optimize": [(2.0, 4.0)] * 2,
         "other": [(6.0, 1.0)] * 2,
     }
-
-
-def test_several_seeds_and_their_mean_over_common_steps(tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or path)
-    runs = [write_run(tmp_path / "a", [0.2, 0.4, 0.9]), write_run(tmp_path / "b", [0.4, 0.8])]
-    plot_rewards(runs, ["seed 0", "seed 1"], tmp_path / "seeds.png")
-    lines = saved[0].axes[0].lines
-    assert [line.get_label() for line in lines] == ["seed 0", "seed 1", "mean of 2"]
-    # Step 0: (0.2 + 0.4) / 2; step 1: (0.4 + 0.8) / 2; step 2 has one run only.
-    np.testing.assert_allclose(lines[2].get_xydata(), [[0, 0.3], [1, 0.6]], rtol=1e-12)
-
-
-def test_seeds_picture_is_a_png_and_labels_must_match(tmp_path):
-    run = write_run(tmp_path / "a", [0.2, 0.4])
-    assert plot_rewards([run], ["seed 0"], tmp_path / "seeds.png").read_bytes().startswith(PNG_MAGIC)
-    with pytest.raises(ValueError, match="1 folders and 2 labels were given"):
-        plot_rewards([run], ["a", "b"], tmp_path / "seeds.png")
 
 
 def test_running_mean_of_a_window_and_of_fewer_steps_at_the_start():

@@ -19,6 +19,7 @@ from trainers.cli import parse
 from trainers.config import (
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     GRPOConfig,
     ModelConfig,
     OptimizerConfig,
@@ -269,3 +270,36 @@ def test_rows_and_checkpoints_after_the_step_are_dropped(end, model, tmp_path):
     for name in module.ROWS_FILES:
         assert (folder / name).read_text() == rows
     assert sorted(os.listdir(folder / "checkpoints")) == ["step-000001", "step-000002"]
+
+
+# --- what binds, and what does not
+
+
+def test_every_key_of_rollout_is_known_to_bind_or_not_to():
+    free = {key.removeprefix("rollout.") for key in module.FREE_MEANS if key.startswith("rollout.")}
+    keys = {key.name for key in dataclasses.fields(RolloutConfig)}
+    assert free | set(module.BINDING_ROLLOUT_KEYS) == keys and not free & set(module.BINDING_ROLLOUT_KEYS)
+
+
+def test_a_key_that_is_accepted_may_change_what_is_learned(model, tmp_path, capsys):
+    about = about_of(config_of(model, tmp_path))
+    slower = OptimizerConfig(learning_rate=1e-7)
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate was .* in checkpoint.accept"):
+        check_same(about, config_of(model, tmp_path, optimizer=slower), ORIGIN, 1)
+    accepting = CheckpointConfig(every=1, accept=["optimizer.learning_rate"])
+    speaking = RunConfig(directory=str(tmp_path), name="run")
+    check_same(about, config_of(model, tmp_path, optimizer=slower, checkpoint=accepting, run=speaking), ORIGIN, 1)
+    assert "as another run (checkpoint.accept): optimizer.learning_rate was" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="ppo.clip_range was"):
+        other = config_of(model, tmp_path, ppo=PPOHyperparameters(clip_range=0.3), checkpoint=accepting)
+        check_same(about, other, ORIGIN, 1)
+    with pytest.raises(ConfigError, match="checkpoint.accept has 'learning_rate', which is no key"):
+        typo = CheckpointConfig(every=1, accept=["learning_rate"])
+        check_same(about, config_of(model, tmp_path, checkpoint=typo), ORIGIN, 1)
+
+
+def test_another_share_held_out_is_named(model, tmp_path):
+    about = about_of(config_of(model, tmp_path))
+    other = config_of(model, tmp_path, evaluation=EvaluationConfig(held_out=0.3))
+    with pytest.raises(ConfigError, match=r"began with \(evaluation.held_out was 0.0 and is 0.3\)"):
+        check_same(about, other, ORIGIN | {"data.source": "sha256:other"}, 1)

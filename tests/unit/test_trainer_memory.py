@@ -121,9 +121,9 @@ def held_and_peak(config: Any, tied: bool, in_ddp: bool, monkeypatch: pytest.Mon
         if in_ddp:
             learner = replace(learner, ddp=DistributedDataParallel(policy, gradient_as_bucket_view=True))
             monkeypatch.setattr(learner.accelerator, "no_sync", DistributedDataParallel.no_sync)
-        optimize(batch, learner, loss, config, seed=0)
+        optimize(batch, learner, loss, config, step=0)
         with record_function("the next one"):
-            optimize(batch, learner, loss, config, seed=1)
+            optimize(batch, learner, loss, config, step=1)
     events = recorded.profiler.kineto_results.events()
     (start,) = (each.start_ns() for each in events if each.name() == "the next one")
     now = held = most = 0
