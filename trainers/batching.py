@@ -108,6 +108,9 @@ class TrainBatch:
     def minibatches(self, num_minibatches: int, epochs: int, seed: int) -> Iterator["TrainBatch"]:
         """Every row once an epoch, in a new order each epoch, in parts whose sizes differ by one row at most.
 
+        The order is one of prompts: the responses of one stay together (at most one prompt is cut where a part ends),
+        so that packed passes need its tokens in one part alone.
+
         Every rank yields num_minibatches * epochs minibatches, so that their optimizer updates stay together; one with
         fewer rows than that yields some without rows.
 
@@ -117,8 +120,10 @@ class TrainBatch:
             seed: of the orders; give each step its own.
         """
         generator = torch.Generator().manual_seed(seed)  # its own: the trainer's random state stays as it is
+        prompts, prompt_of_row = self.groups.cpu().unique(return_inverse=True)
         for _ in range(epochs):
-            order = torch.randperm(len(self), generator=generator)
+            place = torch.randperm(len(prompts), generator=generator).argsort()
+            order = place[prompt_of_row].argsort(stable=True)
             for rows in order.tensor_split(num_minibatches):
                 yield self.select(rows)
 

@@ -96,6 +96,19 @@ def test_every_epoch_uses_every_row_once_in_near_equal_parts_and_a_new_order():
     assert first != second and first != list(range(11))
 
 
+def test_the_responses_of_a_prompt_stay_together():
+    # 8 prompts of 6 responses over 3 minibatches of 16: two of the prompts are cut, none is in three.
+    batch = replace(batch_of([1] * 48, [1] * 48), groups=torch.arange(48) % 8)
+    orders = []
+    for parts in (list(batch.minibatches(3, 1, seed)) for seed in range(5)):
+        prompts = [set(part.groups.tolist()) for part in parts]
+        assert [len(part) for part in parts] == [16] * 3
+        assert sum(map(len, prompts)) == 8 + 2
+        assert all(sum(prompt in part for part in prompts) in (1, 2) for prompt in range(8))
+        orders.append(rows_of(parts))
+    assert len({str(order) for order in orders}) == 5
+
+
 def test_the_order_follows_the_seed_alone():
     batch = batch_of([1] * 11, [1] * 11)
     state = torch.get_rng_state()
