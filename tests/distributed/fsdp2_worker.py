@@ -32,7 +32,7 @@ COMMON: dict[str, Any] = {"micro_batch_tokens": 6, "minibatches": 3, "kl_coef": 
 # A gradient near 0 would move a weight by the whole rate, this way or that, as its last digit says.
 RATES = {"ppo": 1e-2, "grpo": 1e-4, "lora": 1e-3}
 CASES = tuple(RATES)
-OPTIMIZER: dict[str, Any] = {"value_learning_rate": 2e-2, "eps": 1e-3, "max_grad_norm": 0.5, "weight_decay": 0.1}
+OPTIMIZER: dict[str, Any] = {"value_learning_rate": 5e-3, "eps": 1e-3, "max_grad_norm": 0.5, "weight_decay": 0.1}
 
 
 def experiment(case: str, folder: Path, sharding: str) -> PPOConfig | GRPOConfig:

@@ -1,4 +1,7 @@
-"""One process: what the KV cache takes of the memory, before and after the engine sleeps; to OUT/rank0.json."""
+"""One process: what the KV cache takes of the memory, before and after the engine sleeps; to OUT/rank0.json.
+
+python memory_worker.py MODEL OUT
+"""
 
 import ctypes
 import json
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig
@@ -33,15 +37,16 @@ def main() -> None:
         caches = engine._core.executor.driver_worker.model_runner.kv_caches
         with engine.awake():
             engine.generate(PROMPTS, SAMPLING, seed=0)
-            before, used = engine.digest(), resident(caches)
-        asleep = resident(caches)
+            before, used, process_used = engine.digest(), resident(caches), psutil.Process().memory_info().rss
+        asleep, process_asleep = resident(caches), psutil.Process().memory_info().rss
         with engine.awake():
             engine.generate(PROMPTS, SAMPLING, seed=0)
-            again, used_again = engine.digest(), resident(caches)
+            again, used_again, process_again = engine.digest(), resident(caches), psutil.Process().memory_info().rss
         slept = engine.sleep()
         total = sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in caches}.values())
     result = {"used": used, "asleep": asleep, "used_again": used_again, "slept": slept, "total": total}
-    (out / "rank0.json").write_text(json.dumps(result | {"same_tokens": before == again}))
+    result |= {"process": [process_used, process_asleep, process_again], "same_tokens": before == again}
+    (out / "rank0.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
