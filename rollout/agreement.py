@@ -15,17 +15,19 @@ import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch.distributed as dist
+
+from rollout.world import gathered
 
 SLOTS = 4096
 """Steps that the board remembers; a rank that is further ahead is compared at the end of the phase."""
 RECORDS = 64
 """Steps that each rank can still tell in full."""
 FINISH_TIMEOUT_S = 600.0  # as long as the job's own collectives wait
-LOOK_AGAIN_S = 0.0005
+FINISH_POLL_S = 0.0005
 STEP_BITS, DIGEST_BITS = 24, 40
 SCHEDULED, SAMPLED = 0, 1
 EXPLANATION_TIMEOUT_S = 10.0
@@ -77,10 +79,10 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup, last_words: dist.ProcessGroup, every: int = 16) -> None:
         self._group, self._last_words = group, last_words
-        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
         self._ranks = dist.get_process_group_ranks(group)
         self._every = every
-        self._board = shared_board(group, self._size)
+        self._board = shared_board(group, dist.get_world_size(group))
         self._step = 0  # of the engine's whole life: scheduled so far
         self._first_step_of_phase = 0
         self._checked = 0  # steps before it were compared
@@ -162,7 +164,7 @@ class Agreement:
             if time.monotonic() > deadline:
                 late = [self._ranks[index] for index in np.flatnonzero(done[:, 0] <= self._step)]
                 raise TimeoutError(f"rank {late[0]} did not end the phase within {FINISH_TIMEOUT_S:g} s")
-            time.sleep(LOOK_AGAIN_S)
+            time.sleep(FINISH_POLL_S)
         here = done[:, 0] == self._step + 1  # a rank may be a phase ahead by now
         if (done[here, 1] != self._rolling).any():
             self._explain()
@@ -184,9 +186,8 @@ class Agreement:
     def _explain(self) -> None:
         """Stop the others at their next step, and tell all ranks the same."""
         self._board.stop[0] = 1
-        everyones: list[Any] = [None] * self._size
         try:
-            dist.all_gather_object(everyones, list(self._records), group=self._last_words)
+            everyones = gathered(list(self._records), self._last_words)
         except RuntimeError as error:
             raise RanksDisagree(
                 f"rank {self._ranks[self._rank]} found that the ranks of its tensor-parallel group no longer do the "

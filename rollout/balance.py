@@ -7,9 +7,9 @@ shares without another word. A prompt and its responses travel as token ids; the
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter, sleep
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from rollout.driver import Collected
 from rollout.types import Asked
+from rollout.world import gathered
+
+BARRIER_POLL_S = 0.002
 
 
 def partition(costs: Sequence[int], parts: int) -> list[list[int]]:
@@ -163,6 +166,20 @@ class Balance:
         predicted = self._past.predict([asked.prompt_ids for asked in everyones], limits)
         return share_out(of_ranks, predicted, self._tensor_parallel_size)
 
+    def wait_for_others(self, beat: Callable[[], None]) -> float:
+        """Wait until every replica has its responses; returns the seconds. A collective of all ranks.
+
+        Args:
+            beat: called meanwhile: whoever waits for a slower replica does not stand still itself.
+        """
+        start = perf_counter()
+        barrier = dist.barrier(self.group, async_op=True)
+        while not barrier.is_completed():
+            beat()
+            sleep(BARRIER_POLL_S)
+        barrier.wait()  # raises what went wrong
+        return perf_counter() - start
+
     def bring_back(self, shares: Shares, everyones: Sequence[Asked], collected: Collected) -> Collected:
         """The responses to this rank's prompts, in their order; a collective of all ranks.
 
@@ -198,9 +215,8 @@ class Balance:
         return [part.numpy() for part in incoming.split(theirs.tolist())]
 
     def _note(self, everyones: Sequence[Asked], means: list[float]) -> None:
-        gathered: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(gathered, means, group=self.group)
-        for asked, mean in zip(everyones, (mean for of_rank in gathered for mean in of_rank), strict=True):
+        of_ranks = gathered(means, self.group)
+        for asked, mean in zip(everyones, (mean for of_rank in of_ranks for mean in of_rank), strict=True):
             if asked.stream is None:  # a row that goes on: its context will not be asked about again
                 self._past.note(asked.prompt_ids, mean)
 

@@ -3,20 +3,19 @@
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rollout.world import BOOT_ID, gathered
+
 PINGS = 20
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def this_machine() -> str:
+def this_clock() -> str:
     """The same in all processes of a machine, in its containers too, and until it is started anew: they share a clock.
 
-    >>> this_machine() == this_machine() != ""
+    >>> this_clock() == this_clock() != ""
     True
     """
     try:
@@ -32,11 +31,10 @@ def seconds_ahead(machine: str | None = None, clock: Callable[[], float] = time.
     questions the one that was answered soonest counts, and the error is at most half of the time that it took.
 
     Args:
-        machine: this rank's; None takes `this_machine`.
+        machine: this rank's; None takes `this_clock`.
         clock: in seconds.
     """
-    machines: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(machines, machine or this_machine())
+    machines = gathered(machine or this_clock())
     if set(machines) == {machines[0]}:
         return 0.0
     rank = dist.get_rank()
@@ -50,8 +48,7 @@ def seconds_ahead(machine: str | None = None, clock: Callable[[], float] = time.
             _answer(asking, clock, group)
         elif rank == asking:
             found[other] = _ask(clock, group)
-    everyones: list[Any] = [None] * len(machines)
-    dist.all_gather_object(everyones, found)
+    everyones = gathered(found)
     dist.destroy_process_group(group)
     return next(each[machines[rank]] for each in everyones if machines[rank] in each)
 

@@ -5,12 +5,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rollout.agreement import Agreement, RanksDisagree
-from rollout.throughput import EXECUTE, PhaseTimeline
+from rollout.throughput import EXECUTE, UPDATE, WAIT, PhaseTimeline
 
 STOP, LENGTH = 0, 1
 LOOK_AGAIN_S = 0.5  # how soon who waits for a step looks whether the ranks disagree
@@ -100,7 +100,6 @@ class Phase:
     """What one run of `drive` did, beside the tokens."""
 
     timeline: PhaseTimeline
-    seconds: float = 0.0
     preemptions: int = 0
     peak_kv_cache_usage: float = 0.0
 
@@ -135,69 +134,95 @@ def drive(
         FloatingPointError: if a log-prob is no finite number.
         Exception: whatever the execute thread or `on_step` raised, with its traceback.
     """
-    scheduler, executor, timeline = core.scheduler, core.executor, phase.timeline
-    in_flight: deque[tuple[int, Any, Any]] = deque()
-    step = 0
-    start = perf_counter()
+    scheduler, steps = core.scheduler, Steps(core, collected, phase, agreement)
+    in_flight: deque[Step] = deque()
     core.groups.admit(requests, sizes)
-    executor.observer = timeline.launch_observer()
+    core.executor.observer = phase.timeline.launch_observer()
     try:
         while scheduler.has_requests() or in_flight:
             if scheduler.has_requests():
-                begin = perf_counter()
-                scheduled = scheduler.schedule()
-                core.groups.after_schedule()
-                order = getattr(scheduled, "order", None)
-                agreement.scheduled(scheduled.num_scheduled_tokens, scheduler.positions(scheduled), order)
-                live, tokens = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
-                timeline.record_schedule(step, begin, perf_counter(), live, tokens)
-                in_flight.append((step, scheduled, executor.submit_step(scheduled)))
-                phase.preemptions += len(scheduled.preempted_req_ids or ())
-                phase.peak_kv_cache_usage = max(phase.peak_kv_cache_usage, scheduler.kv_cache_manager.usage)
-                step += 1
+                in_flight.append(steps.schedule_next())
                 if len(in_flight) < core.queue_depth:
                     continue
-            number, scheduled, future = in_flight.popleft()
-            begin = perf_counter()
-            output = wait_for(future, agreement)
-            if in_flight:
-                # The execute thread may still be preparing the next step; two threads at work at once would hand the
-                # interpreter's lock to and fro, and both be late.
-                while not in_flight[-1][2].launched.wait(LOOK_AGAIN_S):
-                    agreement.look()
+            oldest = in_flight.popleft()
+            output = steps.wait_for(oldest, next_step=in_flight[-1] if in_flight else None)
             arrived = perf_counter()
-            timeline.record_wait(number, begin, arrived)
-            if future.device_span is not None:
-                timeline.record(EXECUTE, number, *future.device_span)
-            update = scheduler.take_output(scheduled, output)
-            agreement.sampled(update)
-            ended = collected.add(update)
+            ended = steps.take_in(oldest, output)
             beat()
             if on_step is not None:
                 on_step(ended)
-            timeline.record_update(number, arrived, perf_counter())
+            phase.timeline.record(UPDATE, oldest.number, arrived, perf_counter())
     except RanksDisagree:
         raise
     except Exception:
         agreement.look()  # ranks that run different steps spoil each other's numbers: that is then what to say
         raise
     finally:
-        executor.observer = None
-    phase.seconds = perf_counter() - start
+        core.executor.observer = None
     assert collected.done.all(), "the scheduler is idle but sequences have not ended"
 
 
-def wait_for(future: Any, agreement: Agreement) -> Any:
-    """The step's output. Ranks that run different steps wait for each other for ever, unless one looks.
+class Step(NamedTuple):
+    """One that is under way.
 
-    Raises:
-        RanksDisagree: if this rank or another has found a difference meanwhile.
-        Exception: whatever the execute thread raised.
+    Attributes:
+        number: of this phase, from 0.
+        scheduled: vLLM's SchedulerOutput.
+        future: `rollout.backend.executor.StepFuture`.
     """
-    while True:
-        try:
-            return future.result(LOOK_AGAIN_S)
-        except TimeoutError:
-            if future.done():  # in this very moment, or the timeout is the step's own
-                return future.result()
-            agreement.look()
+
+    number: int
+    scheduled: Any
+    future: Any
+
+
+class Steps:
+    """What is done with each step of a phase, by turns; see `drive` for the arguments."""
+
+    def __init__(self, core: Any, collected: Collected, phase: Phase, agreement: Agreement) -> None:
+        self._core, self._collected, self._phase, self._agreement = core, collected, phase, agreement
+        self._next = 0
+
+    def schedule_next(self) -> Step:
+        """Schedule a step and queue it on the execute thread; returns at once."""
+        scheduler, phase = self._core.scheduler, self._phase
+        begin = perf_counter()
+        scheduled = scheduler.schedule()
+        self._core.groups.after_schedule()
+        order = getattr(scheduled, "order", None)
+        self._agreement.scheduled(scheduled.num_scheduled_tokens, scheduler.positions(scheduled), order)
+        live, tokens = len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens
+        phase.timeline.record_schedule(self._next, begin, perf_counter(), live, tokens)
+        step = Step(self._next, scheduled, self._core.executor.submit_step(scheduled))
+        phase.preemptions += len(scheduled.preempted_req_ids or ())
+        phase.peak_kv_cache_usage = max(phase.peak_kv_cache_usage, scheduler.kv_cache_manager.usage)
+        self._next += 1
+        return step
+
+    def wait_for(self, step: Step, next_step: Step | None) -> Any:
+        """The step's output, once the next one is launched, too.
+
+        Ranks that run different steps wait for each other for ever, unless one looks.
+
+        Raises:
+            RanksDisagree: if this rank or another has found a difference meanwhile.
+            Exception: whatever the execute thread raised.
+        """
+        begin = perf_counter()
+        while not step.future.wait(LOOK_AGAIN_S):
+            self._agreement.look()
+        output = step.future.result()
+        # The execute thread may still be preparing the next step; two threads at work at once would hand the
+        # interpreter's lock to and fro, and both be late.
+        while next_step is not None and not next_step.future.launched.wait(LOOK_AGAIN_S):
+            self._agreement.look()
+        self._phase.timeline.record(WAIT, step.number, begin, perf_counter())
+        if step.future.device_span is not None:
+            self._phase.timeline.record(EXECUTE, step.number, *step.future.device_span)
+        return output
+
+    def take_in(self, step: Step, output: Any) -> list[int]:
+        """Give its tokens to the scheduler, the agreement and `collected`; the rows that ended in it."""
+        update = self._core.scheduler.take_output(step.scheduled, output)
+        self._agreement.sampled(update)
+        return self._collected.add(update)

@@ -1,10 +1,12 @@
 """RolloutEngine: vLLM inside the trainer's own processes. Generate, sync weights, close."""
 
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +26,15 @@ from rollout.spans import record_phase, span
 from rollout.throughput import PhaseTimeline, phase_metrics
 from rollout.types import Asked, OnStep, Prompt, Rollout, RolloutBatch
 from rollout.weights import SyncReport, empty_prefix_cache, named_weights, sync_policy
-from rollout.world import World, check_machines, init_world, machines_of_ranks, tensor_parallel_group
+from rollout.world import (
+    World,
+    check_machines,
+    check_tensor_parallel_size,
+    gathered,
+    init_world,
+    machines_of_ranks,
+    tensor_parallel_group,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +56,7 @@ class RolloutEngine:
 
     Raises:
         ValueError: if the tensor-parallel size does not divide the world or the model's heads, a group lies on several
-            machines, or the ranks of a group were given different models or configs.
+            machines, or the ranks were given different models or configs.
 
     Example, as a script for `torchrun --nproc_per_node=2`:
 
@@ -60,9 +70,10 @@ class RolloutEngine:
         self.config = config or RolloutConfig()
         self.world: World = init_world()
         self.tensor_parallel_size = self.config.tensor_parallel_size or self.world.size
-        self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
+        # Before any group is made: ranks that do not want the same ones would wait for each other there.
+        check_same_config(self.model, self.config)
+        check_tensor_parallel_size(self.tensor_parallel_size, self.world.size)
         check_machines(self.config.tensor_parallel_size, machines_of_ranks())
-        self._balance: Balance | None = None
         self._phase: Phase | None = None
         self._collected: Collected | None = None
         self._num_phases = 0
@@ -109,25 +120,29 @@ class RolloutEngine:
         return self._collected.digest()
 
     def describe(self) -> dict[str, Any]:
-        """What really runs: scheduler, executor and model runner classes, queue depth."""
+        """What really runs: scheduler, executor and model runner classes, queue depth.
+
+        Raises:
+            RuntimeError: if the engine is closed; so do `max_model_len`, `everyones` and `any_rank`.
+        """
+        self._fence.check_open()
         return self._core.describe()
 
     @property
     def max_model_len(self) -> int:
         """Tokens of a prompt and its response together, at most."""
+        self._fence.check_open()
         return self._core.max_model_len
 
     def everyones(self, value: Any) -> list[Any]:
         """Each rank's value, in rank order; a collective of the tensor-parallel group. Small values only: pickled."""
-        gathered: list[Any] = [None] * self.tensor_parallel_size
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+        self._fence.check_open()
+        return gathered(value, self._group)
 
     def any_rank(self, value: bool) -> bool:
         """True if one of the ranks that generate together says so; a collective of these."""
-        gathered: list[Any] = [None] * dist.get_world_size(self._together)
-        dist.all_gather_object(gathered, value, group=self._together)
-        return any(gathered)
+        self._fence.check_open()
+        return any(gathered(value, self._together))
 
     def generate(
         self,
@@ -163,8 +178,9 @@ class RolloutEngine:
             This rank's share: sample j of prompt i in row i * n + j.
 
         Raises:
-            ValueError: if a prompt is empty or leaves no room for `max_tokens` within `max_model_len`, if the ranks
-                were given different sampling or seeds, or if what is given for each prompt does not fit.
+            ValueError: if a prompt is empty, has a token id that is not in the model's vocabulary, or leaves no room
+                for `max_tokens` within `max_model_len`, if the ranks were given different sampling or seeds, or if what
+                is given for each prompt does not fit.
             RanksDisagree: if the ranks of the group scheduled or sampled different things (rollout/agreement.py).
             RuntimeError: if the engine is closed, busy or broken by an earlier error, or has lost its weights in its
                 sleep.
@@ -183,11 +199,15 @@ class RolloutEngine:
             before = sum(asked.samples for of_rank in of_ranks[: dist.get_rank(self._together)] for asked in of_rank)
             rows = slice(before, before + sum(asked.samples for asked in ours))
             with self._fence.busy("generating"), no_backward(self._synced()):
+                start = perf_counter()
                 if self._balance is None:
                     on_rows = None if on_step is None else hand_out(ours, rows, self._version, on_step)
                     collected, of_this_rank = self._run(everyones, sampling, keys, on_rows), rows
+                    waited = 0.0
                 else:
-                    collected, of_this_rank = self._run_balanced(self._balance, of_ranks, sampling, keys), slice(None)
+                    collected, waited = self._run_balanced(self._balance, of_ranks, sampling, keys)
+                    of_this_rank = slice(None)
+                self._metrics = self._figures(perf_counter() - start - waited)
             self._num_phases += 1
         return pack(ours, collected, of_this_rank, keys[rows], self._version)
 
@@ -260,17 +280,33 @@ class RolloutEngine:
             return self._core.executor.give_back()
 
     def close(self) -> None:
-        """Stop the execute thread and free the engine. The process group stays as it is. Safe to call twice.
+        """Stop the execute thread and free the engine's memory. The default group stays as it is. Safe to call twice.
 
         Raises:
             RuntimeError: if another thread is in a call.
             TimeoutError: if the execute thread does not end within `config.shutdown_timeout_s`.
+            Exception: of the worker's shutdown.
         """
+        in_order = self._fence.state == "idle"
         if self._fence.close():
             try:
                 self._core.close(self.config.shutdown_timeout_s)
+                # A broken call may have left something under way in a group; its job ends, and must not wait for that.
+                if in_order or self.world.size == 1:
+                    self._let_go()
             finally:
                 self._watching.close()
+
+    def _let_go(self) -> None:
+        """Free the groups, and the memory, though the caller's variable may live on."""
+        groups = [self._group, self._last_words]
+        if self._balance is not None:
+            groups.append(self._balance.group)
+        del self._core, self._agreement, self._balance, self._group, self._last_words
+        for group in groups:
+            dist.destroy_process_group(group)
+        del groups
+        gc.collect()  # vLLM's objects refer to each other
 
     def __enter__(self) -> "RolloutEngine":
         return self
@@ -282,11 +318,12 @@ class RolloutEngine:
         self.close()
 
     def _build(self) -> None:
-        last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
-        self._agreement = Agreement(self._group, last_words)
+        self._group = tensor_parallel_group(self.world, self.tensor_parallel_size)
+        self._last_words = tensor_parallel_group(self.world, self.tensor_parallel_size, EXPLANATION_TIMEOUT_S)
+        self._agreement = Agreement(self._group, self._last_words)
+        self._balance: Balance | None = None
         if self.config.balance and self.world.size > self.tensor_parallel_size:
             self._balance = Balance(tensor_parallel_group(self.world, self.world.size), self.tensor_parallel_size)
-        self._check_same_config()
         with preserved_trainer_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's own, of torch's
             # Imported here: it takes seconds, which a config error must not; and it writes into the environment.
@@ -313,14 +350,15 @@ class RolloutEngine:
 
     def _run_balanced(
         self, balance: Balance, of_ranks: list[list[Asked]], sampling: SamplingConfig, streams: np.ndarray
-    ) -> Collected:
-        """The responses to this rank's prompts, by whichever replicas."""
+    ) -> tuple[Collected, float]:
+        """The responses to this rank's prompts, by whichever replicas; and the seconds that this one had to wait."""
         shares = balance.shares(of_ranks)
         replica = self.world.rank // self.tensor_parallel_size
         everyones = [asked for of_rank in of_ranks for asked in of_rank]
         asked = [everyones[number] for number in shares.of_replicas[replica]]
         answers = self._run(asked, sampling, streams[shares.sequences(replica)], None)
-        return balance.bring_back(shares, everyones, answers)
+        waited = balance.wait_for_others(self._watch.beat)
+        return balance.bring_back(shares, everyones, answers), waited
 
     def _run(
         self,
@@ -344,17 +382,21 @@ class RolloutEngine:
             with span("compare ranks"):
                 self._agreement.finish()
         record_phase(self._phase.timeline)
-        self._metrics = phase_metrics(
+        self._collected = collected
+        return collected
+
+    def _figures(self, seconds: float) -> dict[str, float]:
+        """The metrics of the phase that has just ended."""
+        assert self._phase is not None and self._collected is not None
+        return phase_metrics(
             self._phase.timeline,
-            seconds=self._phase.seconds,
-            num_sequences=len(requests),
-            response_lengths=collected.lengths,
-            finished=collected.finished,
+            seconds=seconds,
+            num_sequences=len(self._collected.lengths),
+            response_lengths=self._collected.lengths,
+            finished=self._collected.finished,
             kv_cache_usage_peak=self._phase.peak_kv_cache_usage,
             preemptions=self._phase.preemptions,
         )
-        self._collected = collected
-        return collected
 
     def _token_ids(self, prompt: Prompt) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
@@ -362,18 +404,18 @@ class RolloutEngine:
     def _share(self, ours: list[Asked], sampling: SamplingConfig, seed: int) -> list[list[Asked]]:
         """Every rank's prompts, in rank order, once all who generate together are known to ask for the same thing."""
         of_what = "tensor-parallel group" if self._balance is None else "job"
-        gathered: list[Any] = [None] * dist.get_world_size(self._together)
-        dist.all_gather_object(gathered, (ours, sampling, seed), group=self._together)
-        for rank, (_, theirs, their_seed) in enumerate(gathered):
-            if (theirs, their_seed) != gathered[0][1:]:
+        everyones = gathered((ours, sampling, seed), self._together)
+        for rank, (_, theirs, their_seed) in enumerate(everyones):
+            if (theirs, their_seed) != everyones[0][1:]:
                 raise ValueError(
                     f"rank {rank} of the {of_what} generates with {theirs}, seed {their_seed}; "
-                    f"rank 0 with {gathered[0][1]}, seed {gathered[0][2]}: pass the same on every rank"
+                    f"rank 0 with {everyones[0][1]}, seed {everyones[0][2]}: pass the same on every rank"
                 )
-        return [asked for asked, _, _ in gathered]
+        return [asked for asked, _, _ in everyones]
 
     def _check_asked(self, of_ranks: list[list[Asked]], sampling: SamplingConfig) -> None:
         # Every rank checks every prompt, so that all of them raise together and none waits for the others.
+        words = self._core.vocabulary
         for rank, of_rank in enumerate(of_ranks):
             for index, asked in enumerate(of_rank):
                 tokens, limit = len(asked.prompt_ids), self.max_model_len - asked.max_tokens
@@ -382,6 +424,12 @@ class RolloutEngine:
                         f"prompt {index} of rank {rank} has {tokens} tokens; between 1 and {limit} fit "
                         f"(rollout.max_model_len {self.max_model_len} less sampling.max_tokens "
                         f"{asked.max_tokens}): shorten the prompt or raise rollout.max_model_len"
+                    )
+                lowest, highest = int(asked.prompt_ids.min()), int(asked.prompt_ids.max())
+                if lowest < 0 or highest >= words:
+                    raise ValueError(
+                        f"prompt {index} of rank {rank} has the token id {lowest if lowest < 0 else highest}; the "
+                        f"model's are 0 to {words - 1}: make the prompt with the model's own tokenizer"
                     )
                 if not 0 < asked.max_tokens <= sampling.max_tokens or asked.samples < 1:
                     raise ValueError(
@@ -400,15 +448,20 @@ class RolloutEngine:
                 "the engine gave its weights back when it fell asleep (rollout.sleep is all): call sync_weights first"
             )
 
-    def _check_same_config(self) -> None:
-        everyones: list[Any] = [None] * self.tensor_parallel_size
-        dist.all_gather_object(everyones, (self.model, self.config), group=self._group)
-        for rank, theirs in enumerate(everyones):
-            if theirs != everyones[0]:
-                raise ValueError(
-                    f"rank {rank} of the tensor-parallel group builds its engine from {theirs}, rank 0 from "
-                    f"{everyones[0]}: pass the same on every rank, the seed included"
-                )
+
+def check_same_config(model: str, config: RolloutConfig) -> None:
+    """Compare what the engine is built from; all ranks of the job call it together.
+
+    Raises:
+        ValueError: on every rank, if two of them were given something else.
+    """
+    everyones = gathered((model, config))
+    for rank, theirs in enumerate(everyones):
+        if theirs != everyones[0]:
+            raise ValueError(
+                f"rank {rank} builds its engine from {theirs}, rank 0 from {everyones[0]}: pass the same on every "
+                "rank, the seed included"
+            )
 
 
 def hand_out(

@@ -226,7 +226,7 @@ class Watch:
 
     def _launcher_is_gone(self, error: Exception) -> NoReturn:
         """The store is torchrun's: without it nobody would end this rank if another one failed."""
-        print(f"rank {self._rank}: ended, because the job's store is gone: {error}", file=sys.stderr, flush=True)
+        _complain(f"rank {self._rank}: ended, because the job's store is gone: {error}\n")
         _exit()
 
     def _end(self, failure: Failure) -> NoReturn:
@@ -234,17 +234,17 @@ class Watch:
         noticed = time.monotonic()
         ours = failure.rank == self._rank
         if ours:
-            print(failure.traceback, file=sys.stderr, end="", flush=True)
+            _complain(failure.traceback)
         else:
-            line = f"rank {self._rank}: ended, because rank {failure.rank} failed: {failure.error.splitlines()[0]}"
-            print(line, file=sys.stderr, flush=True)
+            first_line = failure.error.splitlines()[0]
+            _complain(f"rank {self._rank}: ended, because rank {failure.rank} failed: {first_line}\n")
         silent: set[int] = set()
         try:
             self._store.set(f"{self._prefix}/stacks/{self._rank}", json.dumps(stacks()))
             said, silent = self._everyones_stacks(noticed + STACKS_S)
             self._write(failure, said)
         except (dist.DistError, OSError) as error:
-            print(f"rank {self._rank}: {FILE} is incomplete: {error}", file=sys.stderr, flush=True)
+            _complain(f"rank {self._rank}: {FILE} is incomplete: {error}\n")
         self._told.set()
         self._end_silent(silent & {failure.rank})
         # The main thread may be on its way out, cleaning up; if it makes it, this thread ends with the interpreter.
@@ -352,13 +352,21 @@ def _real_stderr() -> TextIO | None:
         return sys.__stderr__
 
 
+def _complain(text: str) -> None:
+    """Print to stderr. A pipe that nobody reads any more must not end the thread that ends this process."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, end="", flush=True)
+
+
 def _exit() -> NoReturn:
     """End this process whatever its main thread does, and its children, which might not notice."""
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    sys.stdout.flush()
-    os._exit(1)
+    try:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        sys.stdout.flush()
+    finally:
+        os._exit(1)
 
 
 def stacks() -> dict[str, str]:

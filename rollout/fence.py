@@ -44,6 +44,15 @@ class Fence:
         if self._state != "idle":
             raise RuntimeError(f"the rollout engine is {self._state}: build a new one, or wait for the call under way")
 
+    def check_open(self) -> None:
+        """That the engine was not closed.
+
+        Raises:
+            RuntimeError: if it was.
+        """
+        if self._state == "closed":
+            raise RuntimeError("the rollout engine is closed: build a new one")
+
     @contextmanager
     def one_caller(self) -> Iterator[None]:
         """One thread at a time, and only in a usable engine.

@@ -49,8 +49,16 @@ def preserved_trainer_state() -> Iterator[None]:
             torch.backends.cuda.enable_cudnn_sdp(cudnn_sdp)
             # The first lock that is made settles it for good: a trainer's own choice afterwards would be an error.
             multiprocessing.set_start_method(start_method, force=True)
-            os.environ.clear()
-            os.environ.update(environment)
+            _restore_environment(environment)
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    """Undo what differs, and nothing else: other threads may read the environment meanwhile, C code without a lock."""
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _cuda_in_use() -> bool:

@@ -89,14 +89,6 @@ class PhaseTimeline:
         self._counts[step, 0] = live_sequences
         self._counts[step, 1] = scheduled_tokens
 
-    def record_wait(self, step: int, start: float, end: float) -> None:
-        """Store one step's WAIT span; main thread."""
-        self.record(WAIT, step, start, end)
-
-    def record_update(self, step: int, start: float, end: float) -> None:
-        """Store one step's UPDATE span; main thread."""
-        self.record(UPDATE, step, start, end)
-
     def launch_observer(self) -> Callable[[float, float], None]:
         """A function for the execute thread to call with the start and end of each launch, in step order from 0.
 
@@ -107,13 +99,6 @@ class PhaseTimeline:
         """
         steps = count()
         return lambda start, end: self.record(LAUNCH, next(steps), start, end)
-
-    def clear(self) -> None:
-        """Forget everything and keep the arrays, for the next phase; no other thread may be recording."""
-        for kind, used in enumerate(self._used):
-            self._spans[kind][:used] = np.nan
-        self._counts[: self._used[SCHEDULE]] = -1
-        self._used = [0] * _NUM_KINDS
 
     @property
     def num_steps(self) -> int:
@@ -155,7 +140,8 @@ def phase_metrics(
     phase without steps or sequences are absent, not zero.
 
     - rollout/generated_tokens: sum of response_lengths, stop tokens included.
-    - rollout/seconds: of the whole generate call, as given.
+    - rollout/seconds: as given: from the moment at which the prompts of all ranks are there to that at which the
+      responses are, without waiting for other replicas (`rollout.balance`).
     - rollout/generated_tokens_per_s: generated_tokens / seconds.
     - rollout/sequences: responses generated.
     - rollout/decode_steps: steps launched with at least one token to process, those that process prompts included. (An
@@ -172,7 +158,7 @@ def phase_metrics(
 
     Args:
         timeline: of the phase, both threads quiet.
-        seconds: that the generate call took.
+        seconds: that the phase took.
         num_sequences: responses of the whole group.
         response_lengths: (num_sequences,) int, in tokens.
         finished: (num_sequences,) bool; True where the response ended by itself, False where a limit cut it.

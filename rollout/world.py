@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -19,6 +20,7 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 SHARED_MEMORY, BOOT_ID = Path("/dev/shm"), Path("/proc/sys/kernel/random/boot_id")
 ELSEWHERE = "192.0.2.1"  # of RFC 5737: an address that nobody has, on the far side of the default route
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,13 @@ def tensor_parallel_group(world: World, tensor_parallel_size: int, timeout_s: fl
     return mine
 
 
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order; a collective of the group, by default of all ranks. Small ones: pickled."""
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, value, group=group)
+    return everyones
+
+
 def check_tensor_parallel_size(tensor_parallel_size: int, world_size: int) -> None:
     """Refuse a tensor-parallel size that does not divide the job.
 
@@ -186,10 +195,7 @@ def machines_of_ranks() -> tuple[Machine, ...]:
     """By rank, the machine that it runs on. The first call in a job is a collective; its answer is kept."""
     group = dist.group.WORLD
     if group not in _machines:
-        everyones: list[Machine] = [this_machine()] * dist.get_world_size()
-        if len(everyones) > 1:
-            dist.all_gather_object(everyones, this_machine())
-        _machines[group] = tuple(everyones)
+        _machines[group] = tuple(gathered(this_machine()))
     return _machines[group]
 
 

@@ -16,7 +16,7 @@ FOLDERS = ("rollout", "trainers", "scripts")
 LEAST_TEXT = 8
 """Letters; what has fewer of its own only passes on what something else says."""
 
-SPEAKING = ("parser.error", "sys.exit", "warnings.warn", "logger.warning", "notes.append", "Failure")
+SPEAKING = ("parser.error", "sys.exit", "warnings.warn", "logger.warning", "notes.append", "Failure", "_complain")
 
 Scope = dict[str, list[ast.expr]]
 Functions = dict[str, ast.FunctionDef]

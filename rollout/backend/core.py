@@ -10,19 +10,21 @@ from functools import cached_property
 import numpy as np
 import vllm.distributed.parallel_state as parallel_state
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
+from rollout.backend import set_vllm_environment
 from rollout.backend.executor import TorchrunExecutor
 from rollout.backend.groups import GroupAdmission
+from rollout.backend.memory import GIB
 from rollout.backend.scheduler import SteadyAsyncScheduler, SteadyScheduler
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.sampling import step_seeds
 from rollout.types import Asked
 
-GIB = 1024**3
 # On the CPU vLLM would take a share of all memory; the trainer needs it. 1 GiB holds 45,000 tokens of a 135M model.
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 # oneDNN keeps compiled products, one for each number of tokens in a step, of 0.3 MiB each. Its own limit of 1024 lets a
@@ -45,15 +47,15 @@ class Core:
     queue_depth: int
     engine_core: EngineCore
 
-    @property
-    def asynchronous(self) -> bool:
-        """True if a step is scheduled while the one before it runs."""
-        return self.queue_depth > 1
-
     @cached_property
     def max_model_len(self) -> int:
         """Tokens of a sequence, prompt included, at most."""
         return self.engine_core.vllm_config.model_config.max_model_len
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of token ids: from 0."""
+        return self.engine_core.vllm_config.model_config.get_vocab_size()
 
     def describe(self) -> dict[str, str | int]:
         """What really runs: scheduler class, executor class, queue depth, model runner class, our own C++ kernels."""
@@ -70,27 +72,56 @@ class Core:
         """Stop the execute thread and take vLLM's groups down; the default process group stays the trainer's.
 
         `EngineCore.shutdown` would destroy the default group too.
+
+        Raises:
+            TimeoutError: if the execute thread hangs. vLLM's groups then stay: it may be waiting in one.
+            Exception: of the worker's shutdown.
         """
-        self.engine_core.structured_output_manager.clear_backend()
-        self.executor.shutdown(timeout_s)
-        self.scheduler.shutdown()
-        gc.unfreeze()  # EngineCore froze the heap it started with; without this the weights are never collected
-        parallel_state.destroy_model_parallel()
-        world_group, parallel_state._WORLD = parallel_state._WORLD, None
-        if world_group is not None:
-            world_group.destroy()
+        try:
+            self.engine_core.structured_output_manager.clear_backend()
+            self.executor.shutdown(timeout_s)
+        finally:
+            self.scheduler.shutdown()
+            gc.unfreeze()  # EngineCore froze the heap it started with; without this the weights are never collected
+            if self.executor.thread.has_ended:
+                destroy_vllm_groups()
+
+
+def destroy_vllm_groups() -> None:
+    """Those that vLLM has made; the default process group stays."""
+    parallel_state.destroy_model_parallel()
+    world_group, parallel_state._WORLD = parallel_state._WORLD, None
+    if world_group is not None:
+        world_group.destroy()
 
 
 def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_cuda: bool) -> Core:
-    """Load the model and allocate its KV cache; on every rank, with the default process group in place."""
+    """Load the model and allocate its KV cache; on every rank, with the default process group in place.
+
+    What fails leaves nothing behind: another one can be built.
+    """
+    set_vllm_environment()  # again: whoever calls this may have taken it back after the import
     if not on_cuda:
         os.environ.setdefault(
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS
         )  # read once, when the first product is compiled
     arguments = engine_arguments(model, tensor_parallel_size, config, on_cuda)
-    engine_core = EngineCore(arguments.create_engine_config(), executor_class=TorchrunExecutor, log_stats=False)
-    executor = engine_core.model_executor
-    assert isinstance(executor, TorchrunExecutor)
+    executor: TorchrunExecutor | None = None
+
+    def make_executor(vllm_config: VllmConfig) -> TorchrunExecutor:
+        nonlocal executor
+        executor = TorchrunExecutor(vllm_config)
+        return executor
+
+    try:
+        # A function in place of the class: where the rest of the core fails, nobody else knows the executor.
+        engine_core = EngineCore(arguments.create_engine_config(), executor_class=make_executor, log_stats=False)
+    except BaseException:
+        if executor is not None:
+            executor.shutdown()
+        destroy_vllm_groups()
+        raise
+    assert executor is not None
     scheduler = engine_core.scheduler
     assert isinstance(scheduler, SteadyScheduler)
     groups = GroupAdmission(scheduler)
@@ -147,15 +178,15 @@ def make_requests(
     order it is scheduled, on every rank. The same tokens, too, where the logits do not depend on the batch; on CUDA
     other batch sizes take other kernels, whose roundings differ.
 
-    On the CPU a draw is a function of stream and position, so that a sequence that goes on draws what it would have
-    drawn uncut. vLLM's CUDA sampler counts a request's draws from its first: there a sequence that goes on gets a
-    seed of stream and position, other draws than those of its start.
+    On the CPU, and in vLLM's V2 model runner, a draw is a function of stream and position, so that a sequence that goes
+    on draws what it would have drawn uncut. vLLM's V1 model runner on CUDA counts a request's draws from its first:
+    there a sequence that goes on gets a seed of stream and position, other draws than those of its start.
 
     Args:
         streams: (sequences,) from `rollout.sampling.request_streams`.
     """
     params = sampling_params(core, sampling)
-    counts_from_start = not current_platform.is_cpu()
+    counts_from_start = not current_platform.is_cpu() and not core.engine_core.vllm_config.use_v2_model_runner
     requests: list[Request] = []
     for of_prompt in asked:
         prompt_token_ids = of_prompt.prompt_ids.tolist()

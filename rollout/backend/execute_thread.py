@@ -6,7 +6,23 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Job(NamedTuple):
+    """What the thread is to do.
+
+    Attributes:
+        future: completed with what `call(*args)` returns or raises.
+        fatal: True if its exception stops all later jobs but those that run always.
+        always: True if it runs after such an exception, too.
+    """
+
+    future: Future
+    call: Callable[..., Any]
+    args: tuple
+    fatal: bool
+    always: bool
 
 
 class ExecuteThread:
@@ -22,19 +38,37 @@ class ExecuteThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[tuple[Future, Callable, tuple, bool] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[..., Any], *args: Any, future: Future | None = None, fatal: bool = False) -> Future:
+    @property
+    def has_failed(self) -> bool:
+        """True after an exception in a fatal job."""
+        return self._failure is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """True once it runs nothing any more."""
+        return not self._thread.is_alive()
+
+    def submit(
+        self,
+        job: Callable[..., Any],
+        *args: Any,
+        future: Future | None = None,
+        fatal: bool = False,
+        always: bool = False,
+    ) -> Future:
         """Queue `job(*args)`; returns at once.
 
         Args:
             future: to be completed with the job's result; a new one by default.
             fatal: True if an exception in this job makes every later job fail with the same exception, unrun: the
                 step behind a failed one would run on half-updated state.
+            always: True for a job that runs even then: the worker's shutdown.
 
         Raises:
             RuntimeError: if the thread was closed.
@@ -42,7 +76,7 @@ class ExecuteThread:
         if self._closed:
             raise RuntimeError(f"the {self._thread.name} thread is closed")
         future = Future() if future is None else future
-        self._jobs.put((future, job, args, fatal))
+        self._jobs.put(Job(future, job, args, fatal, always))
         return future
 
     def run(self, job: Callable[..., Any], *args: Any) -> Any:
@@ -72,15 +106,14 @@ class ExecuteThread:
         return "".join(traceback.format_stack(frame)) if frame else "(ended)"
 
     def _loop(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            future, job, args, fatal = item
+        while (job := self._jobs.get()) is not None:
             try:
-                if self._failure is not None:
+                if self._failure is not None and not job.always:
                     raise self._failure
-                future.set_result(job(*args))
+                job.future.set_result(job.call(*job.args))
             except BaseException as error:  # the waiting thread must hear of anything at all, SystemExit too
-                if fatal and self._failure is None:
+                if job.fatal and self._failure is None:
                     self._failure = error
-                future.set_exception(error)
+                job.future.set_exception(error)
             # A finished job must not keep its arguments (a model's weights, say) alive until the next one comes.
-            del item, future, job, args
+            del job

@@ -6,14 +6,17 @@ while step i runs.
 """
 
 import os
+import sys
 import threading
 import time
+import traceback
 import uuid
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from copy import copy
 from multiprocessing import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +43,12 @@ from rollout.isolation import preserved_random_state, preserved_trainer_state
 from rollout.world import check_machines, closed_to_the_network, init_world, machines_of_ranks
 
 StepObserver = Callable[[float, float], None]
+T = TypeVar("T")
+
+
+COPY_EVENTS = ("copy_event", "async_copy_ready_event")
+"""What an asynchronous output calls the event behind its copy to the host: in vLLM's V2 model runner, and in V1's."""
+COPY_POLL_S = 1e-4
 
 
 class StepFuture(Future):
@@ -59,9 +68,32 @@ class StepFuture(Future):
         self.launched = threading.Event()
         self.add_done_callback(lambda _: self.launched.set())
 
+    def wait(self, timeout: float) -> bool:
+        """Wait until `result` can return, or raise, at once; False if it cannot after so many seconds."""
+        deadline = time.perf_counter() + timeout
+        try:
+            if self.exception(timeout) is not None:
+                return True
+        except TimeoutError:
+            return False
+        output = super().result()
+        event = next((getattr(output, name) for name in COPY_EVENTS if hasattr(output, name)), None)
+        while self._on_host is None and event is not None and not event.query():
+            if time.perf_counter() >= deadline:
+                return False
+            time.sleep(COPY_POLL_S)
+        return True
+
     def result(self, timeout: float | None = None) -> Any:
-        """The step's output, once its tokens are on the host; waits for both."""
-        output = super().result(timeout)
+        """The step's output, once its tokens are on the host; waits for both.
+
+        Raises:
+            TimeoutError: if they are not after so many seconds.
+            Exception: whatever the step raised.
+        """
+        if timeout is not None and not self.wait(timeout):
+            raise TimeoutError
+        output = super().result()
         if self._on_host is None:
             self._on_host = output.get_output() if isinstance(output, AsyncModelRunnerOutput) else output
             self.device_span = getattr(output, "device_span", None)
@@ -99,6 +131,8 @@ class TorchrunExecutor(Executor):
     """
 
     thread: ExecuteThread
+    driver_worker: Any = None
+    """vLLM's WorkerWrapperBase; None once it is shut down."""
     kernels: tuple[str, ...] = ()
     """Of rollout/backend/kernels/, those that this machine and this model run."""
     observer: StepObserver | None = None
@@ -119,21 +153,29 @@ class TorchrunExecutor(Executor):
         self._sharded_sampler: ShardedSampler | None = None
         self._weight_sync: WeightSync | None = None
         self._sleeping_memory: SleepingMemory | None = None
-        self._seeds = np.random.default_rng(self.model_config.seed)
         with preserved_trainer_state(), closed_to_the_network():
             world = init_world()
             check_machines(self.parallel_config.tensor_parallel_size, machines_of_ranks())
             refuse_different_settings(self.vllm_config)
+            self._seeds = seeds_of_replica(
+                self.model_config.seed, world.rank // self.parallel_config.tensor_parallel_size
+            )
+            # On this thread: a default group of nccl alone would send the name by way of the current device, which a
+            # thread that has not set its own takes to be the first one, on every rank.
+            job = _job_name()
             self.thread = ExecuteThread(f"execute-rank{world.rank}")
-            self.thread.run(self._build_worker, world.rank, world.local_rank)
+            try:
+                self.thread.run(self._build_worker, job, world.rank, world.local_rank)
+            except BaseException:
+                self.shutdown()
+                raise
         asynchronous = self.vllm_config.additional_config.get("async_scheduling", True)
         if current_platform.is_cpu() and asynchronous:
             # The worker is built by now and stays in its blocking mode, which the execute thread makes asynchronous;
             # the scheduler, built next, reads this flag.
             self.scheduler_config.async_scheduling = True
 
-    def _build_worker(self, rank: int, local_rank: int) -> None:
-        job = _job_name()
+    def _build_worker(self, job: str, rank: int, local_rank: int) -> None:
         self.driver_worker = WorkerWrapperBase(rpc_rank=0)
         self.driver_worker.init_worker(
             all_kwargs=[
@@ -185,20 +227,7 @@ class TorchrunExecutor(Executor):
             ValueError: if the policy lacks a parameter that the engine has.
             StaleWeights: if the engine holds something else afterwards.
         """
-        on_cuda = current_platform.is_cuda()
-        # The policy's last update may still be under way on a stream that this thread's does not know.
-        written = torch.cuda.current_stream().record_event() if on_cuda else None
-
-        def load() -> Loaded:
-            if written is not None:
-                torch.cuda.current_stream().wait_event(written)
-            with preserved_random_state():
-                loaded = self._sync().load(weights)
-            if on_cuda:
-                torch.cuda.current_stream().synchronize()  # and the policy's next update must not overtake the copy
-            return loaded
-
-        return self.thread.run(load)
+        return self._run_between_updates(lambda: self._sync().load(weights))
 
     def check_policy_weights(self, weights: Weights) -> None:
         """Compare all of the worker's weights with the policy's, on the execute thread.
@@ -206,7 +235,7 @@ class TorchrunExecutor(Executor):
         Raises:
             StaleWeights: names the first that differs.
         """
-        self.thread.run(lambda: self._sync().check(weights))
+        self._run_between_updates(lambda: self._sync().check(weights))
 
     def give_back(self) -> int:
         """Memory that only generation needs, behind whatever is queued; returns the bytes."""
@@ -222,7 +251,23 @@ class TorchrunExecutor(Executor):
 
     def sync_layers(self) -> list[Layer]:
         """What fills what in a sync by the plan; empty without one."""
-        return self._sync().layers
+        return self.thread.run(lambda: self._sync().layers)
+
+    def _run_between_updates(self, job: Callable[[], T]) -> T:
+        """Run what reads the policy's weights on the execute thread, as the trainer has them now."""
+        # The policy's last update may still be under way on a stream that the execute thread's does not know.
+        written = torch.cuda.current_stream().record_event() if current_platform.is_cuda() else None
+
+        def ordered() -> T:
+            if written is not None:
+                torch.cuda.current_stream().wait_event(written)
+            with preserved_random_state():
+                result = job()
+            if written is not None:
+                torch.cuda.current_stream().synchronize()  # and the policy's next update must not overtake the reads
+            return result
+
+        return self.thread.run(ordered)
 
     def _memory(self) -> SleepingMemory:
         if self._sleeping_memory is None:
@@ -308,15 +353,25 @@ class TorchrunExecutor(Executor):
         """Nothing to ask: a failed step has told its waiter already."""
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
-        """Shut the worker down on its own thread, then end the thread.
+        """Shut the worker down on its own thread, end the thread, and let go of the weights and the KV cache.
 
         Raises:
             TimeoutError: if the thread hangs; says where it stands.
+            Exception: of the worker's shutdown; a warning, where an earlier error is the one to be heard of.
         """
-        worker, self.driver_worker = getattr(self, "driver_worker", None), None
-        if worker is not None:
-            self.thread.submit(worker.shutdown)
-            self.thread.close(timeout_s)
+        worker, self.driver_worker = self.driver_worker, None
+        ended = None if worker is None else self.thread.submit(worker.shutdown, always=True)
+        self.thread.close(timeout_s)
+        # What holds the weights and the KV cache: the user's `engine` may live on.
+        self.observer = self._held = self._weight_sync = self._sleeping_memory = None
+        self._request_seeds = self._sharded_sampler = None
+        error = None if ended is None else ended.exception()
+        if error is None:
+            return
+        if not self.thread.has_failed and sys.exc_info()[0] is None:
+            raise error
+        story = "".join(traceback.format_exception(error))
+        warnings.warn(f"the engine's worker did not shut down cleanly: {story}", stacklevel=2)
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
@@ -350,6 +405,15 @@ class TorchrunExecutor(Executor):
                 # A copy: callers may share one SamplingParams among requests, which must not share a seed.
                 request.sampling_params = copy(request.sampling_params)
                 request.sampling_params.seed = int(self._seeds.integers(2**63 - 1))
+
+
+def seeds_of_replica(seed: int, replica: int) -> np.random.Generator:
+    """Draws the seeds of requests that have none: the same on a replica's ranks, and others for each replica.
+
+    >>> [int(seeds_of_replica(0, replica).integers(100)) for replica in (0, 0, 1)]
+    [85, 85, 66]
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(replica,) if replica else ()))
 
 
 def _job_name() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+GIB = 1024**3
 MADV_DONTNEED = 4  # Linux: the pages go; the next touch finds zeros
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch.distributed as dist
 from vllm.config import VllmConfig
+
+from rollout.world import gathered
 
 
 def refuse_what_ranks_decide_alone(config: VllmConfig) -> None:
@@ -47,9 +48,7 @@ def refuse_different_settings(config: VllmConfig) -> None:
     Raises:
         ValueError: on every rank, if two of them have different values; names them.
     """
-    ours = _decisive_settings(config)
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, ours)
+    everyones = gathered(_decisive_settings(config))
     for rank, theirs in enumerate(everyones):
         for name, value in theirs.items():
             if value != everyones[0][name]:

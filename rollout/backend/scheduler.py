@@ -23,8 +23,9 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from rollout.backend.admission import first_in_line, fits_anyway, looks_at_waiting, stays_out
 from rollout.backend.outputs import sampled_tokens
-from rollout.backend.steady_batch import Plan, SteadyBatch, can_join
+from rollout.backend.steady_batch import Due, Plan, SteadyBatch, can_join
 from rollout.backend.step_update import StepUpdate, brings_tokens_only, logprobs_of, to_update
 
 
@@ -65,8 +66,8 @@ class Match:
 class SteadyScheduler(Scheduler):
     """vLLM's Scheduler for one step at a time, with the fast path; `take_output` stands for `update_from_output`.
 
-    A step is steady if all running requests are decoding, no request waits that could be admitted, and the engine has
-    none of: speculative decoding, LoRA, encoder inputs, structured output, KV or encoder connectors, pipeline or
+    A step is steady if all running requests are decoding, no waiting request would be admitted, and the engine has none
+    of: speculative decoding, LoRA, encoder inputs, structured output, KV or encoder connectors, pipeline or
     decode context parallelism, KV events, statistics, more than one KV-cache group, or attention other than full.
 
     Attributes:
@@ -148,13 +149,15 @@ class SteadyScheduler(Scheduler):
             return False
         if self._inflight_prefills:  # no walk over the requests while long prompts are under way
             return False
-        num_running, num_waiting = self.get_request_counts()
+        first = None
         # With every place taken vLLM does not look at the waiting requests.
-        if num_waiting and num_running + self.num_waiting_for_streaming_input < self.max_num_active_reqs:
+        if looks_at_waiting(self) and (first := first_in_line(self)) is None:
             return False
-        if self._batch is not None and self._batch.requests is self.running and len(self._batch) == num_running:
+        if self._batch is not None and self._batch.requests is self.running and len(self._batch) == len(self.running):
             return True
         self._leave_batch()
+        if first is not None and fits_anyway(self.kv_cache_manager, first, len(self.running)):
+            return False  # before a batch is made in vain
         if not self.running or not all(map(can_join, self.running)):
             return False
         self._batch = SteadyBatch(
@@ -183,13 +186,18 @@ class SteadyScheduler(Scheduler):
             return None
         num_computed_tokens = num_tokens + in_flight - 1
         needs_block = num_computed_tokens >= batch.next_block[plan.rows]
-        if np.count_nonzero(needs_block) > self.kv_cache_manager.block_pool.get_num_free_blocks():
+        num_free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks() - np.count_nonzero(needs_block)
+        if num_free_blocks < 0:
             return None  # vLLM preempts
+        due = batch.settle_rows(plan, needs_block | (num_tokens >= batch.next_full[plan.rows]))
+        if looks_at_waiting(self):
+            first = first_in_line(self)
+            if first is None or not stays_out(self.kv_cache_manager, first, num_free_blocks, due.requests):
+                return None  # vLLM admits it
 
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
-        is_full = num_tokens >= batch.next_full[plan.rows]
-        new_block_ids = self._allocate(batch, plan, needs_block, is_full)
+        new_block_ids = self._allocate(batch, due, needs_block)
         output = self._steady_output(plan, num_computed_tokens, new_block_ids)
         if new_order:
             self.prev_step_scheduled_req_ids.clear()
@@ -201,15 +209,10 @@ class SteadyScheduler(Scheduler):
         batch.advance(plan, self.current_step)
         return output
 
-    def _allocate(
-        self, batch: SteadyBatch, plan: Plan, needs_block: np.ndarray, is_full: np.ndarray
-    ) -> list[tuple[list[int], ...] | None]:
+    def _allocate(self, batch: SteadyBatch, due: Due, needs_block: np.ndarray) -> list[tuple[list[int], ...] | None]:
         """Let vLLM allocate and register blocks for the rows that are due; every row's new block ids, or None."""
-        new_block_ids: list[tuple[list[int], ...] | None] = [None] * len(plan.request_ids)
-        touched = np.flatnonzero(needs_block | is_full)
-        rows = touched if isinstance(plan.rows, slice) else plan.rows[touched]
-        for index, row in zip(touched.tolist(), rows.tolist(), strict=True):
-            request = batch.settle_row(row)
+        new_block_ids: list[tuple[list[int], ...] | None] = [None] * len(needs_block)
+        for index, row, request in zip(due.indices, due.rows, due.requests, strict=True):
             if needs_block[index]:
                 blocks = self.kv_cache_manager.allocate_slots(request, 1)
                 assert blocks is not None, "the free blocks were counted before"

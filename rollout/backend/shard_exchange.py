@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rollout.backend.transpose import copy_into
-from rollout.world import machines_of_ranks
+from rollout.world import gathered, machines_of_ranks
 
 Box = tuple[slice, ...]
 """A part of a tensor: a start and a stop for each dimension."""
@@ -278,9 +278,7 @@ class Channel:
 
     def tell(self, mine: Any) -> list[Any]:
         """All ranks together: what each of them says, by rank."""
-        everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, mine, group=self._group)
-        return everyones
+        return gathered(mine, self._group)
 
     def outgoing(self, half: int, num_bytes: int) -> torch.Tensor:
         """(num_bytes,) uint8: what the next bucket in this half sends, once the last one has arrived."""

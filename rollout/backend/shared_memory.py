@@ -1,8 +1,6 @@
 """The shared-memory segments of vLLM's CPU communicator, which carry their job's name."""
 
-from pathlib import Path
-
-SHARED_MEMORY = Path("/dev/shm")
+from rollout.world import SHARED_MEMORY
 
 
 def unlink_shared_memory(job: str) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
-from rollout.backend.memory import release_pages
+from rollout.backend.memory import GIB, release_pages
 from rollout.config import Sleep
 
-GIB = 1024**3
 # By what vLLM's sleep mode calls them. A part that a later sleep of the same kind finds given back stays so.
 PARTS: dict[Sleep, tuple[str, ...]] = {"nothing": (), "kv_cache": ("kv_cache",), "all": ("weights", "kv_cache")}
 

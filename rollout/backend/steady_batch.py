@@ -40,6 +40,21 @@ class Plan:
         return cls(rows, request_ids, dict.fromkeys(request_ids, 1))
 
 
+@dataclass(frozen=True)
+class Due:
+    """The rows of a step that vLLM's allocator has to see: they need a block, or have one to register.
+
+    Attributes:
+        indices: of the rows in the step.
+        rows: in the batch.
+        requests: theirs, up to date.
+    """
+
+    indices: list[int]
+    rows: list[int]
+    requests: list[Request]
+
+
 class SteadyBatch:
     """Arrays over the running requests, a row a sequence, in the scheduler's order.
 
@@ -146,6 +161,12 @@ class SteadyBatch:
         self._write(request, self._table[:, row].tolist())
         self._buffer_end[row] = self._buffer_start[row]
         return request
+
+    def settle_rows(self, plan: Plan, due: np.ndarray) -> Due:
+        """Bring the Requests of some of the plan's rows up to date; `due` (rows of the plan,) bool, True for those."""
+        indices = np.flatnonzero(due)
+        rows = (indices if isinstance(plan.rows, slice) else plan.rows[indices]).tolist()
+        return Due(indices.tolist(), rows, [self.settle_row(row) for row in rows])
 
     def read_blocks(self, row: int) -> None:
         """Take a row's blocks over from the allocator, after it was at work on them."""

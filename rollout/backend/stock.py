@@ -8,7 +8,7 @@ import numpy as np
 from vllm import LLM, SamplingParams
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
-from rollout.backend.core import GIB
+from rollout.backend.memory import GIB
 from rollout.backend.shared_memory import unlink_shared_memory
 from rollout.backend.worker import unlink_broadcast_queue
 

@@ -23,9 +23,14 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 from rollout.backend.shard_exchange import Box
+from rollout.failure import beat
 
 UNTOUCHED, PADDING = -1, 0
 """What a stand-in holds where nothing arrived, and where a loader filled in zeros; rows are numbered from 1."""
+
+MOST_STAND_INS = 10**11
+"""Elements of all stand-ins of a plan, which are minutes. A dense model takes two to six for each of this rank's
+parameters; a mixture whose checkpoint has each expert by itself takes as many for each expert, which would be hours."""
 
 
 class NoPlan(Exception):
@@ -112,16 +117,25 @@ def make_plan(model: torch.nn.Module, shapes: Mapping[str, torch.Size]) -> list[
         The layers that the policy fills, in the model's order.
 
     Raises:
-        NoPlan: if a loader does more than copy rectangles.
+        NoPlan: if a loader does more than copy rectangles, fails on numbers in place of weights, or it would take more
+            than MOST_STAND_INS.
     """
     arrivals: list[Arrival] = []
     layers: dict[torch.nn.Module, Layer] = {}
+    stand_ins = 0
     with _recording(model, arrivals):
         for source, shape in shapes.items():
+            beat()  # of a big model this takes minutes
             places: list[list[Place]] = []
             for dim in range(len(shape)):
                 arrivals.clear()
-                model.load_weights([(source, _numbers(shape, dim))])  # type: ignore[operator]
+                try:
+                    model.load_weights([(source, _numbers(shape, dim))])  # type: ignore[operator]
+                except Exception as error:  # whatever loaders check: they have never seen whole numbers
+                    raise NoPlan(f"{source}: {error!r}") from error
+                stand_ins += sum(arrival.stand_in.numel() for arrival in arrivals)
+                if stand_ins > MOST_STAND_INS:
+                    raise NoPlan(f"{source}: the plan takes more than {MOST_STAND_INS:.0e} elements in stand-ins")
                 places.append([_read_off(arrival, dim) for arrival in arrivals])
             if not places or not places[0]:
                 raise NoPlan(f"no loader took {source}")

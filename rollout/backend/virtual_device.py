@@ -76,6 +76,16 @@ class DeviceStep:
         self._device = device
         self.number = number
         self.span: tuple[float, float] | None = None
+        self._give_up = perf_counter() + PATIENCE_S
+
+    def query(self) -> bool:
+        """True once the device has ended the step; returns at once, as that of a CUDA event.
+
+        Raises:
+            TimeoutError: if another rank has not launched the step within PATIENCE_S.
+        """
+        span = self._known_span()
+        return span is not None and span[1] <= perf_counter()
 
     def synchronize(self) -> None:
         """Sleep until the device has ended the step; from any thread, with the interpreter free meanwhile.
@@ -83,16 +93,19 @@ class DeviceStep:
         Raises:
             TimeoutError: if another rank has not launched the step within PATIENCE_S.
         """
-        give_up = perf_counter() + PATIENCE_S
-        while (span := self._device.span_of(self)) is None:
-            if perf_counter() > give_up:
-                raise TimeoutError(
-                    f"ranks {self._device.board.missing(self.number)} of the group did not launch step {self.number} "
-                    f"within {PATIENCE_S:g} s of this one: look for their error"
-                )
+        while (span := self._known_span()) is None:
             sleep(POLL_S)
         while (left := span[1] - perf_counter()) > 0:
             sleep(left)
+
+    def _known_span(self) -> tuple[float, float] | None:
+        span = self._device.span_of(self)
+        if span is None and perf_counter() > self._give_up:
+            raise TimeoutError(
+                f"ranks {self._device.board.missing(self.number)} of the group did not launch step {self.number} "
+                f"within {PATIENCE_S:g} s of this one: look for their error"
+            )
+        return span
 
 
 class VirtualDevice:

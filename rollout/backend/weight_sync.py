@@ -14,7 +14,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from vllm.config import set_current_vllm_config
@@ -37,9 +36,11 @@ from rollout.backend.shard_exchange import (
 from rollout.backend.sync_plan import Layer, NoPlan, make_plan
 from rollout.backend.transpose import transposed_buffer
 from rollout.backend.weight_check import PROBES, Filled, differs, filled, strips
-from rollout.backend.worker import load_policy_weights
+from rollout.backend.worker import reload_policy_weights
+from rollout.failure import beat
 from rollout.spans import span
 from rollout.weights import StaleWeights
+from rollout.world import gathered
 
 Weights = Mapping[str, Weight]
 
@@ -107,7 +108,7 @@ class WeightSync:
                 plan.load(weights)
         else:
             with span("reload weights"):
-                load_policy_weights(self._worker, self._whole(weights))
+                reload_policy_weights(self._worker, self._whole(weights))
             if layout not in self._plans:
                 with span("prove the plan"):
                     plan = self._plans[layout] = self._proven_plan(weights)
@@ -129,6 +130,7 @@ class WeightSync:
     def _whole(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter whole, one at a time; for vLLM's reload, which takes them as they come."""
         for name, weight in weights.items():
+            beat()
             yield name, whole_weight(weight, weight.dtype)
 
     def _proven_plan(self, weights: Weights) -> "PlannedSync | None":
@@ -148,7 +150,7 @@ class WeightSync:
                 reason = first_of_ranks(disproof(plan, weights))
             if reason is None:
                 return plan
-            load_policy_weights(self._worker, self._whole(weights))  # whatever a failed proof has left there
+            reload_policy_weights(self._worker, self._whole(weights))  # whatever a failed proof has left there
         warnings.warn(f"weights are synced through vLLM's reload, which is slower: {reason}", stacklevel=2)
         return None
 
@@ -172,10 +174,7 @@ def num_bytes_of(weight: Weight) -> int:
 
 def first_of_ranks(reason: str | None) -> str | None:
     """The reason of the first rank of the job that has one."""
-    group = get_world_group().cpu_group
-    everyones: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, reason, group=group)
-    return next((each for each in everyones if each is not None), None)
+    return next((each for each in gathered(reason, get_world_group().cpu_group) if each is not None), None)
 
 
 @dataclass(frozen=True)
@@ -226,6 +225,7 @@ class PlannedSync:
         whole = Whole()
         run = route.exchange.run(parts(weights, whole))
         for layer in self.layers:
+            beat()
             step = self._steps[id(layer)]
             gather(layer, weights, route.holders, whole)
             run.fill(step)
@@ -290,6 +290,7 @@ class PlannedSync:
         firsts = {turn: None if count is None else turn * PROBES for turn in turns}
         sent = self._whole(weights, turns) if count is None else self._lines(weights, firsts)
         for turn, first in firsts.items():
+            beat()
             step = turn % len(self.layers)
             for each in self._filled[step]:
                 policy = [next(sent) for _ in strips(each, first)]
@@ -479,6 +480,7 @@ def fingerprint(layers: Sequence[Layer], sign: int = 0) -> list[int]:
 
 
 def _fingerprint(layer: Layer, sign: int) -> int:
+    beat()
     found = 0
     for target, shape in layer.shapes.items():
         parameter = getattr(layer.module, target)

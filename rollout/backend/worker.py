@@ -26,31 +26,20 @@ def unlink_broadcast_queue() -> None:
 
 
 @torch.inference_mode()
-def load_policy_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+def reload_policy_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Replace the worker's weights, this rank's shard of them, by those of a checkpoint-format iterator.
 
     Goes through vLLM's layer-wise reload, which unpacks and repacks the layers that were packed after the first load
     (oneDNN on the CPU), so that every architecture's own loader decides what fills what.
-
-    Returns:
-        The number of bytes read from the iterator.
 
     Raises:
         ValueError: if the policy lacks a parameter that the engine has.
     """
     model = worker.model_runner.get_model()
     expected = {name for name, _ in model.named_parameters()}
-    num_bytes = 0
-
-    def counted() -> Iterable[tuple[str, torch.Tensor]]:
-        nonlocal num_bytes
-        for name, tensor in weights:
-            num_bytes += tensor.numel() * tensor.element_size()
-            yield name, tensor
-
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(model)
-        loaded: set[str] = model.load_weights(counted())
+        loaded: set[str] = model.load_weights(weights)
         finalize_layerwise_reload(model, worker.model_config)
         repack_tied_layers(model, loaded)
     missing = expected - loaded
@@ -59,7 +48,6 @@ def load_policy_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.T
             f"the policy sent no weights for the engine's {', '.join(sorted(missing)[:5])}"
             f"{' and more' if len(missing) > 5 else ''}: sync the same architecture that the engine was built from"
         )
-    return num_bytes
 
 
 def repack_tied_layers(model: torch.nn.Module, loaded: set[str]) -> None:

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=4 balance_worker.py OUT
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,14 @@ def answers(shares: Shares, replica: int, prompts: list[list[int]]) -> Collected
     return collected
 
 
+def waits(balance: Balance, rank: int) -> dict[str, float]:
+    """The last rank is late."""
+    beats: list[None] = []
+    if rank == 3:
+        time.sleep(1.0)
+    return {"seconds": balance.wait_for_others(lambda: beats.append(None)), "beats": len(beats)}
+
+
 def main() -> None:
     world = init_world()
     balance = Balance(tensor_parallel_group(world, world.size), SIZE)
@@ -63,7 +72,8 @@ def main() -> None:
             wrong += found.token_ids[row, :length].tolist() != right
             wrong += found.logprobs[row, :length].tolist() != (-np.array(right, np.float32) / 7).tolist()
             wrong += bool(found.finished[row]) != (sample == 0)
-    (Path(sys.argv[1]) / f"rank{world.rank}.json").write_text(json.dumps({"tokens": tokens, "wrong": wrong}))
+    found_out = {"tokens": tokens, "wrong": wrong, "waits": waits(balance, world.rank)}
+    (Path(sys.argv[1]) / f"rank{world.rank}.json").write_text(json.dumps(found_out))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -18,3 +18,7 @@ def test_two_replicas_answer_for_four_ranks(tmp_path: Path) -> None:
     for phase in (1, 2):
         busiest = max(ranks[0]["tokens"][phase], ranks[2]["tokens"][phase])
         assert busiest < 1.1 * total / 2, "after the first phase the lengths are known"
+    *early, late = (rank["waits"] for rank in ranks)
+    assert late["seconds"] < 0.5
+    for waits in early:  # for whom the watch must not take the wait for a standstill
+        assert 0.5 < waits["seconds"] < 10.0 and waits["beats"] > 10

@@ -48,6 +48,16 @@ def failure(call) -> dict:
     return {"type": None}
 
 
+def seconds_of_a_slow_start(engine: RolloutEngine) -> dict[str, float]:
+    """A phase whose memory takes a while to come back: what the metrics say that it took, and what it took."""
+    take_again = engine._core.executor.take_again
+    engine._core.executor.take_again = lambda *parts: (time.sleep(0.5), take_again(*parts))
+    start = time.perf_counter()
+    engine.generate(PROMPTS, SAMPLING)
+    engine._core.executor.take_again = take_again
+    return {"said": engine.metrics["rollout/seconds"], "taken": time.perf_counter() - start}
+
+
 def during_a_phase(engine: RolloutEngine, policy: torch.nn.Module) -> list[dict]:
     """What another thread is told while this one generates."""
     told: list[dict] = []
@@ -86,9 +96,12 @@ def main() -> None:
     engine = RolloutEngine(model, CONFIG)
     results["too_long"] = failure(lambda: engine.generate([[10] * 113], SAMPLING))
     results["empty"] = failure(lambda: engine.generate([[]], SAMPLING))
+    results["above_the_vocabulary"] = failure(lambda: engine.generate([[10], [10, 512, 11]], SAMPLING))
+    results["below_the_vocabulary"] = failure(lambda: engine.generate([[10, -1]], SAMPLING))
     results["version"] = failure(lambda: engine.sync_weights(None, version=-1))
     results["no_prompts"] = len(engine.generate([], SAMPLING))
     results["still_usable"] = len(engine.generate(PROMPTS, SAMPLING))
+    results["slow_start"] = seconds_of_a_slow_start(engine)
     policy = AutoModelForCausalLM.from_pretrained(model)
     engine.sync_weights(policy, version=0)
     results["while_generating"] = during_a_phase(engine, policy)
@@ -100,7 +113,16 @@ def main() -> None:
     results["after_failure"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
     engine.close()
     engine.close()
-    results["after_close"] = failure(lambda: engine.generate(PROMPTS, SAMPLING))
+    results["after_close"] = [
+        failure(call)
+        for call in (
+            lambda: engine.generate(PROMPTS, SAMPLING),
+            engine.describe,
+            lambda: engine.max_model_len,
+            lambda: engine.everyones(1),
+            lambda: engine.any_rank(True),
+        )
+    ]
 
     engine = RolloutEngine(model, CONFIG)
     results["rebuilt"] = len(engine.generate(PROMPTS, SAMPLING))

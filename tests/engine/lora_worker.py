@@ -22,7 +22,7 @@ import rollout.weights
 from rollout import RolloutConfig, RolloutEngine, SamplingConfig, StaleWeights
 from rollout.adapters import LoraWeight, Weight
 from rollout.backend.weight_sync import fingerprint
-from rollout.backend.worker import load_policy_weights
+from rollout.backend.worker import reload_policy_weights
 from tests.engine.weights_worker import logprob_gap
 
 SKIPPED = "model.layers.1.mlp.down_proj.weight"
@@ -66,7 +66,7 @@ def beside_a_merged_policy(engine: RolloutEngine, policy: nn.Module) -> dict[str
         engine.check_weights(policy)
         engine.sync_weights(wiped(policy), seed)
         whole = sync._whole(dict(rollout.weights.named_weights(policy)))
-        engine._core.executor.thread.run(load_policy_weights, sync._worker, whole)
+        engine._core.executor.thread.run(reload_policy_weights, sync._worker, whole)
         found["as_reloaded"].append(held(engine) == expected)
     return found
 

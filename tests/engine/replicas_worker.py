@@ -49,10 +49,10 @@ def balanced(model: str, config: RolloutConfig) -> dict[str, object]:
         with RolloutEngine(model, replace(config, dtype="float32", balance=balance)) as engine:
             batch = engine.generate(prompts, sampling, seed=5)
             said[balance] = [rollout.response_ids.tolist() for rollout in batch]
-            none = engine.generate(
-                [[1, 2]] if engine.world.rank == 0 else [], sampling
-            )  # one replica has nothing to do
-    return {"alone": said[False], "balanced": said[True], "few": len(none)}
+            few = [[1, 2]] if engine.world.rank == 0 else []  # one replica has nothing to do, and waits
+            none = engine.generate(few, replace(sampling, max_tokens=120))
+            seconds = engine.metrics["rollout/seconds"]
+    return {"alone": said[False], "balanced": said[True], "few": len(none), "few_seconds": seconds}
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ class Setup:
     max_num_batched_tokens: int = 64
     max_model_len: int = 64
     log_stats: bool = False
+    watermark: float = 0.0
+    whole_prompt_must_fit: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def make_scheduler(cls: type, config: Any, setup: Setup) -> Any:
     config.scheduler_config.max_num_seqs = setup.max_num_seqs
     config.scheduler_config.max_num_batched_tokens = setup.max_num_batched_tokens
     config.scheduler_config.max_num_scheduled_tokens = None
+    config.scheduler_config.watermark = setup.watermark
+    config.scheduler_config.scheduler_reserve_full_isl = setup.whole_prompt_must_fit
     config.cache_config.block_size = setup.block_size
     config.cache_config.enable_prefix_caching = setup.prefix_caching
     config.cache_config.num_gpu_blocks = setup.num_blocks

@@ -23,7 +23,7 @@ from rollout import RolloutConfig, RolloutEngine, StaleWeights
 from rollout.backend.shard_exchange import local_part
 from rollout.backend.sync_plan import NoPlan
 from rollout.backend.weight_sync import CHECKED_LAYERS, PlannedSync, WeightSync, fingerprint
-from rollout.backend.worker import load_policy_weights
+from rollout.backend.worker import reload_policy_weights
 from rollout.weights import named_weights
 
 
@@ -52,7 +52,7 @@ def by_plan_and_by_reload(engine: RolloutEngine, policy: torch.nn.Module) -> dic
         changed(policy, seed)
         planned = engine.sync_weights(policy, seed).planned
         by_plan = fingerprint(layers)
-        engine._core.executor.thread.run(load_policy_weights, worker, policy.named_parameters())
+        engine._core.executor.thread.run(reload_policy_weights, worker, policy.named_parameters())
         found.append({"planned": planned, "equal": by_plan == fingerprint(layers), "layers": len(layers)})
     return {"found": found}
 
@@ -296,7 +296,11 @@ def main() -> None:
             engine.check_weights(policy)
         except RuntimeError as error:
             results["too_early"] = str(error)
+        beats: list[None] = []
+        beat, weight_sync.beat = weight_sync.beat, lambda: beats.append(None)
         results["first"] = engine.sync_weights(policy, 0).planned
+        weight_sync.beat = beat
+        results["beats"] = len(beats)
         results["equal"] = by_plan_and_by_reload(engine, policy)
         engine.sync_weights(policy, 3)
         engine.check_weights(policy)

@@ -13,8 +13,8 @@ from tests.launch import launch
 WORKER = Path(__file__).with_name("drop_in_worker.py")
 
 
-def results(model: Path, nproc: int | None) -> list[dict]:
-    done = launch([WORKER, model], nproc=nproc, timeout_s=200)
+def results(model: Path, nproc: int | None, further: str = "{}") -> list[dict]:
+    done = launch([WORKER, model, further], nproc=nproc, timeout_s=200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.left_running == []
     return [json.loads(line.split("RESULT ")[1]) for line in done.stdout.splitlines() if "RESULT " in line]
@@ -28,9 +28,16 @@ def test_in_a_plain_process_and_under_torchrun(small_vocabulary_model_path: Path
         assert (result["scheduler"], result["queue"]) == ("AsyncScheduler", 2)
         assert result["executor"] == "TorchrunExecutor"
         assert result["distinct"] == 8  # requests without a seed get one each
+        assert result["named_on"] == ["MainThread"]  # whose CUDA device is this rank's
     assert ranks[0]["tokens"] == ranks[1]["tokens"]
     # Two ranks add up in another order than one, so a token in a thousand may differ; the first ones do not.
     assert [tokens[0] for tokens in single["tokens"]] == [tokens[0] for tokens in ranks[0]["tokens"]]
+
+
+def test_replicas_draw_from_streams_of_their_own(small_vocabulary_model_path: Path) -> None:
+    first, second = results(small_vocabulary_model_path, nproc=2, further='{"tensor_parallel_size": 1}')
+    assert first["distinct"] == second["distinct"] == 8
+    assert first["tokens"] != second["tokens"], "the same prompts, and other random numbers"
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ def test_nothing_of_an_interrupted_phase_or_the_one_before_is_handed_out(results
 
 
 def test_a_closed_engine_says_so(results: dict) -> None:
-    assert "is closed" in results["after_close"]["message"]
+    for told in results["after_close"]:
+        assert told["type"] == "RuntimeError" and "is closed" in told["message"]
 
 
 def test_closing_a_hanging_thread_ends_in_time_and_says_where_it_stands(results: dict) -> None:
@@ -54,6 +55,8 @@ def test_closing_a_hanging_thread_ends_in_time_and_says_where_it_stands(results:
     [
         ("too_long", "prompt 0 of rank 0 has 113 tokens; between 1 and 112 fit"),
         ("empty", "prompt 0 of rank 0 has 0 tokens"),
+        ("above_the_vocabulary", "prompt 1 of rank 0 has the token id 512; the model's are 0 to 511"),
+        ("below_the_vocabulary", "prompt 0 of rank 0 has the token id -1;"),
         ("version", "version is -1"),
     ],
 )
@@ -61,6 +64,10 @@ def test_bad_input_is_refused_and_the_engine_stays_usable(results: dict, case: s
     assert results[case]["type"] == "ValueError"
     assert words in results[case]["message"]
     assert results["still_usable"] == 8
+
+
+def test_a_phase_is_as_long_as_it_took(results: dict) -> None:
+    assert 0.5 < results["slow_start"]["said"] <= results["slow_start"]["taken"]
 
 
 def test_no_prompts_give_an_empty_batch(results: dict) -> None:

@@ -23,6 +23,7 @@ def test_replicas_generate_on_their_own(small_vocabulary_model_path: Path, tmp_p
     assert second["alone"] != first["alone"], "the same prompts, by random streams of their own"
     assert second["balanced"] not in (second["alone"], first["alone"])
     assert (first["few"], second["few"]) == (2, 0)
+    assert second["few_seconds"] < first["few_seconds"], "what it waited for the other does not count as its own"
 
 
 @pytest.mark.slow

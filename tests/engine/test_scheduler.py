@@ -54,10 +54,11 @@ class Tally:
 class Pair:
     """vLLM's scheduler and ours on the same requests; every method compares what the two did."""
 
-    def __init__(self, config: Any, setup: Setup, arrays: bool = True) -> None:
+    def __init__(self, config: Any, setup: Setup, arrays: bool = True, grouped: bool = False) -> None:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
 
+        from rollout.backend.groups import GroupAdmission
         from rollout.backend.scheduler import SteadyAsyncScheduler, SteadyScheduler
 
         self.setup = setup
@@ -66,16 +67,23 @@ class Pair:
         self.stock = Side(make_scheduler(stock, config, setup), FakeRunner(self.families, arrays=False))
         self.ours = Side(make_scheduler(ours, config, setup), FakeRunner(self.families, arrays))
         self.sides = (self.stock, self.ours)
+        # As the engine has them: a prompt's samples wait for the first of them and share its blocks.
+        self.groups = [GroupAdmission(side.scheduler) for side in self.sides] if grouped else []
 
-    def add(self, spec: Spec) -> None:
-        self.families[spec.request_id] = spec.family
-        for side in self.sides:
-            side.scheduler.add_request(make_request(spec, self.setup))
+    def add(self, *specs: Spec) -> None:
+        self.families.update((spec.request_id, spec.family) for spec in specs)
+        for side in self.sides if not self.groups else ():
+            for spec in specs:
+                side.scheduler.add_request(make_request(spec, self.setup))
+        for group in self.groups:
+            group.admit([make_request(spec, self.setup) for spec in specs], [len(specs)])
 
     def schedule(self, shuffle_seed: int | None = None, throttle_prefills: bool = False) -> Any:
         expected, actual = (side.schedule(shuffle_seed, throttle_prefills) for side in self.sides)
         assert fields_of(actual) == fields_of(expected)
         self.compare()
+        for group in self.groups:
+            group.after_schedule()
         return expected
 
     def take(self, through_vllm: bool = False) -> tuple[list[tuple[str, int, float]], list[tuple[str, int]]]:
@@ -125,12 +133,44 @@ SETUPS = st.builds(
 ).filter(lambda setup: setup.num_blocks > setup.max_model_len // setup.block_size + 1)
 
 
+# Few blocks for many places: requests wait for blocks all the time, most of them samples of a few prompts.
+CROWDED = st.builds(
+    Setup,
+    asynchronous=st.booleans(),
+    v2_runner=st.booleans(),
+    block_size=st.sampled_from([1, 2, 4, 8, 16]),
+    num_blocks=st.sampled_from([8, 14, 20, 30, 50, 90]),
+    prefix_caching=st.sampled_from([True, True, False]),
+    max_num_seqs=st.sampled_from([8, 16, 32]),
+    max_num_batched_tokens=st.sampled_from([32, 64, 200]),
+    max_model_len=st.sampled_from([24, 40, 64]),
+    watermark=st.sampled_from([0.0, 0.0, 0.05, 0.2]),
+    whole_prompt_must_fit=st.sampled_from([True, True, True, False]),
+).filter(lambda setup: setup.num_blocks > setup.max_model_len // setup.block_size + 1)
+
+
+def prompt_of(family: int, length: int) -> tuple[int, ...]:
+    return tuple(token_at(family, position) for position in range(length))
+
+
+def group_of(random: Random, number: int, setup: Setup) -> list[Spec]:
+    """Samples of one prompt: with one family all the same, or each with a response of its own."""
+    size = random.choice([2, 4, 8])
+    prompt = prompt_of(family := random.randrange(4), min(random.choice([3, 8, 9, 20]), setup.max_model_len - 2))
+    families = [family if random.random() < 0.3 else 100 * number + sample for sample in range(size)]
+    long = (setup.max_model_len - len(prompt), 20, 9)
+    return [
+        Spec(f"{number}.{sample}", prompt, each, max_tokens=random.choice(long), eos=random.random() < 0.2)
+        for sample, each in enumerate(families)
+    ]
+
+
 def random_spec(random: Random, number: int, setup: Setup) -> Spec:
     family = random.randrange(4)
     length = min(random.choice([1, 2, 3, 5, 8, 13, 20]), setup.max_model_len - 2)
     return Spec(
         request_id=str(number),
-        prompt=tuple(token_at(family, position) for position in range(length)),
+        prompt=prompt_of(family, length),
         family=family,
         max_tokens=random.choice([1, 2, 7, 30, 60]),
         stop_token_ids=tuple(random.sample(range(VOCABULARY), random.choice([0, 0, 1, 2]))),
@@ -141,17 +181,20 @@ def random_spec(random: Random, number: int, setup: Setup) -> Spec:
     )
 
 
-def run_workload(pair: Pair, random: Random, tally: Tally) -> None:
-    """Random arrivals, aborts, resets, pauses and looks; mostly the driver's queue of two, or one step at a time."""
+def run_workload(pair: Pair, random: Random, tally: Tally, waiting: list[list[Spec]]) -> None:
+    """Random arrivals, aborts, resets, pauses and looks; mostly the driver's queue of two, or one step at a time.
+
+    Args:
+        waiting: the samples of each prompt.
+    """
     setup = pair.setup
-    waiting = [random_spec(random, number, setup) for number in range(random.choice([1, 4, 10, 20]))]
     at_once = random.random() < 0.5
     depth = random.choice([1, 2, 2, 2]) if setup.asynchronous else 1
     pause = None
     scheduler = pair.stock.scheduler
     for _ in range(MAX_STEPS):
         while waiting and (at_once or random.random() < 0.3):
-            pair.add(waiting.pop())
+            pair.add(*waiting.pop())
         pause = disturb(pair, random, tally, pause)
         if not (waiting or pair.stock.in_flight or scheduler.has_requests()):
             break
@@ -171,10 +214,19 @@ def run_workload(pair: Pair, random: Random, tally: Tally) -> None:
 
 
 def step_of(pair: Pair, tally: Tally, shuffle_seed: int | None, throttle_prefills: bool) -> None:
+    before = pair.ours.scheduler.num_steady_schedules
     scheduled = pair.schedule(shuffle_seed, throttle_prefills)
     tally.decode_steps += is_decode_step(scheduled)
+    if is_decode_step(scheduled) and waits_for_blocks(pair.stock.scheduler):
+        tally.see("decode steps with a request that waits for blocks")
+        tally.see("steady ones of them", pair.ours.scheduler.num_steady_schedules - before)
     tally.see("preemptions", len(scheduled.preempted_req_ids or ()))
     tally.see("new blocks", sum(ids is not None for ids in scheduled.scheduled_cached_reqs.new_block_ids))
+
+
+def waits_for_blocks(scheduler: Any) -> bool:
+    """True if a request waits while a place is free."""
+    return bool(scheduler.waiting) and len(scheduler.running) < scheduler.max_num_running_reqs
 
 
 def disturb(pair: Pair, random: Random, tally: Tally, pause: str | None) -> str | None:
@@ -183,7 +235,8 @@ def disturb(pair: Pair, random: Random, tally: Tally, pause: str | None) -> str 
         pair.abort(random.sample(list(pair.stock.scheduler.requests), 1))
         tally.see("aborts")
     if random.random() < 0.01:
-        pair.reset_prefix_cache(reset_running_requests=random.random() < 0.5)
+        # Blocks that are held for a prompt's samples forbid the other kind of reset.
+        pair.reset_prefix_cache(reset_running_requests=not pair.groups and random.random() < 0.5)
     if random.random() < 0.05:
         pair.compare_requests()
     if pause is not None and random.random() < 0.5:
@@ -201,7 +254,9 @@ def test_every_step_is_what_vllm_would_have_done(config: Any) -> None:
     @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(setup=SETUPS, arrays=st.booleans(), seed=st.integers(0, 2**32 - 1))
     def workloads(setup: Setup, arrays: bool, seed: int) -> None:
-        run_workload(Pair(config, setup, arrays), Random(seed), tally)
+        random = Random(seed)
+        specs = [[random_spec(random, number, setup)] for number in range(random.choice([1, 4, 10, 20]))]
+        run_workload(Pair(config, setup, arrays), random, tally, specs)
 
     workloads()
     # Or the test would pass with a fast path that is never taken, on workloads where nothing happens.
@@ -211,11 +266,62 @@ def test_every_step_is_what_vllm_would_have_done(config: Any) -> None:
     assert min(tally.seen[what] for what in ("ends", "aborts", "preemptions", "new blocks")) > NUM_EXAMPLES // 3
 
 
-def decoding_pair(config: Any, setup: Setup, prompt_tokens: int = 3, max_tokens: int = 1000) -> Pair:
+def test_requests_that_wait_for_blocks_are_admitted_when_vllm_would_admit_them(config: Any) -> None:
+    tally = Tally()
+
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(setup=CROWDED, grouped=st.booleans(), seed=st.integers(0, 2**32 - 1))
+    def workloads(setup: Setup, grouped: bool, seed: int) -> None:
+        random = Random(seed)
+        prompts = [group_of(random, number, setup) for number in range(random.choice([3, 6, 10]))]
+        run_workload(Pair(config, setup, grouped=grouped), random, tally, prompts)
+
+    workloads()
+    crowded = tally.seen["decode steps with a request that waits for blocks"]
+    assert crowded > 10 * NUM_EXAMPLES
+    assert tally.seen["steady ones of them"] > 0.5 * crowded
+    assert min(tally.seen[what] for what in ("ends", "aborts", "preemptions", "new blocks")) > NUM_EXAMPLES // 3
+
+
+def test_a_block_that_becomes_full_may_be_one_that_a_waiting_request_needs(config: Any) -> None:
+    # Three blocks of four tokens. The running request goes through the same tokens as the prompt that waits for two of
+    # them, with one free; when its second one is full, one is enough.
+    pair = Pair(config, Setup(asynchronous=False, block_size=4, num_blocks=4))
+    pair.add(Spec("running", prompt_of(1, 5), family=1, max_tokens=7, eos=False))
+    pair.schedule()
+    pair.take()
+    pair.add(Spec("waiting", prompt_of(1, 9), family=1, max_tokens=2, eos=False))
+    for num_tokens in (6, 7, 8):
+        admitted = pair.schedule().scheduled_new_reqs
+        assert [each.req_id for each in admitted] == (["waiting"] if num_tokens == 8 else [])
+        pair.take()
+    assert pair.ours.scheduler.num_steady_schedules == 2
+
+
+def test_a_request_whose_old_tokens_are_still_to_come_lets_the_next_one_pass(config: Any) -> None:
+    # Two requests fill the cache of six blocks. When the first needs a fourth one, the second is preempted, with two
+    # steps in flight; for the two blocks that are free then it is too long, and the one behind it is not.
+    pair = Pair(config, Setup(block_size=4, num_blocks=7))
+    for number in (1, 2):
+        pair.add(Spec(str(number), prompt_of(number, 3), family=number, max_tokens=40, eos=False))
+    for _ in range(2):
+        pair.schedule()
+    while pair.stock.scheduler.kv_cache_manager.block_pool.get_num_free_blocks():
+        pair.schedule()
+        pair.take()
+    pair.add(Spec("3", prompt_of(3, 2), family=3, max_tokens=5, eos=False))
+    while not pair.schedule().preempted_req_ids:
+        pair.take()
+    pair.take()
+    assert pair.stock.scheduler.requests["2"].num_stale_output_tokens == 1
+    assert [each.req_id for each in pair.schedule().scheduled_new_reqs] == ["3"]
+
+
+def decoding_pair(config: Any, setup: Setup, max_tokens: int = 1000, num_requests: int | None = None) -> Pair:
     """`max_num_seqs` equal requests that stop at nothing, their prompts done; asynchronous: one step in flight."""
     pair = Pair(config, setup)
-    prompt = tuple(range(prompt_tokens))
-    for number in range(setup.max_num_seqs):
+    prompt = tuple(range(3))
+    for number in range(num_requests or setup.max_num_seqs):
         pair.add(Spec(str(number), prompt, family=number, max_tokens=max_tokens, eos=False))
     pair.schedule()
     if setup.asynchronous:
@@ -372,10 +478,14 @@ def test_an_engine_with_statistics_goes_through_vllm_and_still_works(config: Any
     assert pair.ours.scheduler.num_steady_schedules == pair.ours.scheduler.num_steady_updates == 0
 
 
-def test_a_steady_step_takes_a_fraction_of_vllms_time(config: Any) -> None:
+@pytest.mark.parametrize("num_waiting", [0, 200])
+def test_a_steady_step_takes_a_fraction_of_vllms_time(config: Any, num_waiting: int) -> None:
     # 512 sequences, 128 tokens a block: vLLM about 8 ms a step on a 2-core machine, ours 0.3 ms. Interleaved, medians.
-    setup = Setup(block_size=128, num_blocks=3000, max_num_seqs=512, max_num_batched_tokens=4096, max_model_len=400)
-    pair = decoding_pair(config, setup)
+    # One block is left, and each of those that wait needs two.
+    setup = Setup(block_size=128, num_blocks=514, max_num_seqs=800, max_num_batched_tokens=4096, max_model_len=400)
+    pair = decoding_pair(config, setup, num_requests=512)
+    for number in range(num_waiting):
+        pair.add(Spec(f"waiting {number}", prompt_of(number, 200), family=number, max_tokens=100))
     seconds: dict[str, list[float]] = {"stock": [], "ours": []}
     for _ in range(40):
         for name, side in (("stock", pair.stock), ("ours", pair.ours)):
@@ -392,3 +502,5 @@ def test_a_steady_step_takes_a_fraction_of_vllms_time(config: Any) -> None:
             seconds[name].append(perf_counter() - resumed + between - start)
     pair.compare()
     assert np.median(seconds["ours"]) < np.median(seconds["stock"]) / 3, {k: np.median(v) for k, v in seconds.items()}
+    assert pair.ours.scheduler.num_steady_schedules >= 40
+    assert len(pair.ours.scheduler.waiting) == num_waiting

@@ -44,10 +44,19 @@ def breaks(how: str, watch) -> None:
             watch.report(error)
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "launcher":
+    if how.startswith("launcher"):
         os.kill(os.getppid(), signal.SIGKILL)
         dist.barrier()
         time.sleep(60.0)
+
+
+def read_by_nobody(*descriptors: int) -> None:
+    """As where the job's output goes through a pipe, and the reader ends with the connection."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in descriptors:
+        os.dup2(writer, descriptor)
+    os.close(writer)
 
 
 class Slow(torch.utils.data.Dataset):
@@ -85,7 +94,11 @@ def main() -> None:
     world = init_world()
     (out / f"pid{world.rank}").write_text(str(os.getpid()))
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(world.rank)  # as on nodes of which one came in place of another
-    with watched(out, stall_timeout_s=2.0) as watch:
+    stall_timeout_s = 2.0
+    if how.endswith("nobody reads"):
+        read_by_nobody(sys.stdout.fileno(), sys.stderr.fileno())
+        stall_timeout_s = 60.0  # or the last resort, C's own thread, would end what the watch does not
+    with watched(out, stall_timeout_s) as watch:
         dist.barrier()
         (out / "start").write_text(repr(time.time()))
         if world.rank == 1:

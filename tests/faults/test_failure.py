@@ -77,8 +77,9 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     assert done.returncode == 1 and seconds < END_S and done.left_running == []
 
 
-def test_without_its_launcher_no_rank_goes_on(tmp_path: Path) -> None:
-    done, seconds = run(tmp_path, "launcher", "spin")
+@pytest.mark.parametrize("how", ["launcher", "launcher, nobody reads"])
+def test_without_its_launcher_no_rank_goes_on(tmp_path: Path, how: str) -> None:
+    done, seconds = run(tmp_path, how, "spin")
     assert done.returncode != 0 and seconds < 2 * END_S
     assert done.left_running == []
     for rank in range(2):

@@ -158,6 +158,17 @@ def ordering(model: str, engine: RolloutEngine) -> dict:
     engine.sync_weights(policy, 11)  # ... when the sync is asked for
     result = {"update_under_way": difference(reference, engine.generate(prompts(32), SHORT))}
 
+    update = torch.cuda.Stream()
+    update.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(update):
+        for factor in (2.0, 0.5):  # exact; and whoever does not wait sees what is doubled
+            for parameter in policy.parameters():
+                parameter.mul_(factor)
+            torch.cuda._sleep(A_SECOND if factor == 2.0 else 0)
+        if engine._core.executor.sync_layers():  # there is a plan to compare by
+            engine.check_weights(policy)
+    torch.cuda.current_stream().wait_stream(update)
+
     engine._core.executor.thread.run(torch.cuda._sleep, A_SECOND)  # the engine's stream is busy ...
     engine.sync_weights(policy, 12)
     with torch.no_grad():

@@ -52,6 +52,7 @@ def test_every_environment_variable_is_listed():
     files = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     constants = {name: value for tree in trees.values() for name, value in constants_of(tree)}
+    del trees[ROOT / "rollout" / "isolation.py"]  # puts back whatever was there, by no name
     used = {name for file, tree in trees.items() for name in variables(tree, constants, file.relative_to(ROOT))}
     table = PAGE.read_text(encoding="utf-8").partition("## Environment variables")[2]
     listed = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rollout.spans import Recording, Span, record_phase, record_span, recorded, span
-from rollout.throughput import EXECUTE, LAUNCH, UPDATE, PhaseTimeline
+from rollout.throughput import EXECUTE, LAUNCH, UPDATE, WAIT, PhaseTimeline
 from rollout.trace import merge_traces, recording_events, trace_events, write_trace
 from tests.trace_format import check_format, check_nesting, spans_by_track
 
@@ -24,8 +24,8 @@ def asynchronous_timeline(start: float = 100.0) -> PhaseTimeline:
         timeline.record_schedule(step, t, t + 0.001, live, tokens)
         timeline.record(LAUNCH, step, t + 0.002, t + 0.003)
         timeline.record(EXECUTE, step, t + 0.003, t + 0.0135)
-        timeline.record_wait(step, t + 0.011, t + 0.0135)
-        timeline.record_update(step, t + 0.0135, t + 0.014)
+        timeline.record(WAIT, step, t + 0.011, t + 0.0135)
+        timeline.record(UPDATE, step, t + 0.0135, t + 0.014)
     return timeline
 
 

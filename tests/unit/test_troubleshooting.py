@@ -21,6 +21,7 @@ INTERNAL = {
     "no loader took": "a reason inside of `weights are synced through vLLM's reload`",
     "SOURCE arrives in another place each time": "likewise",
     "a loader of TARGET does more than copy": "likewise",
+    "SOURCE: the plan takes more than": "likewise",
     "no arithmetic": "caught in the file: the calculator answers that it is none",
     "too large": "likewise",
     "a bucket of N bytes holds no number": "the size is a constant of ours",
@@ -45,8 +46,10 @@ INTERNAL = {
 
 # What has no words of its own: file and call, as far as they tell it apart, and whose words it passes on.
 PASSED_ON = {
+    "rollout/backend/sync_plan.py: NoPlan(f'{source}: {error!r}')": "a loader's error, as a reason for no plan",
     "rollout/failure.py: Failure(self._rank,": "any error",
-    "rollout/failure.py: print(failure.traceback": "the first error's traceback",
+    "rollout/failure.py: _complain(failure.traceback": "the first error's traceback",
+    "rollout/failure.py: print(text": "of `_complain`, which is looked at where it is called",
     "trainers/calculator.py: ValueError('too long')": "caught in the file",
     "trainers/checkpoint.py: ConfigError(reason)": "rank 0's error, on every rank",
     "trainers/checkpoint.py: RuntimeError(reason)": "likewise",

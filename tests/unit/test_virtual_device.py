@@ -146,3 +146,18 @@ def test_the_interpreter_is_free_and_the_processor_idle_while_waiting(
     assert step_s * 0.9 < seconds < step_s + (0.3 if num_ranks == 1 else 0.8)
     assert progress > 50  # of some 250 on an idle machine
     assert processor < 0.1 * seconds, processor
+
+
+def test_a_query_is_true_once_the_step_has_ended_and_gives_up_on_a_rank_that_is_gone(clock: Clock) -> None:
+    mine, theirs = two_devices(0.010)
+    step = mine.launch()
+    assert not step.query() and clock.slept == []
+    theirs.launch()
+    clock.now += 0.009
+    assert not step.query()
+    clock.now += 0.001
+    assert step.query()
+    alone = mine.launch()
+    clock.now += virtual_device.PATIENCE_S + 1.0
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] of the group did not launch step 1"):
+        alone.query()
