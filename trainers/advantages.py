@@ -32,8 +32,8 @@ def token_rewards(
 
     as in RLHF (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022, arXiv:2203.02155, eq. 2). The penalty
     is the estimator k1: its sum over a sampled response is an unbiased estimate of the sequence's KL, and as a reward
-    it has the KL's gradient. As rewards k2 and k3 have another, which vanishes to first order near the reference
-    (Tang & Munos 2025, arXiv:2506.09477).
+    it has the KL's gradient. k2 and k3 would have another: k3's is grad KL(pi, pi_ref) - grad KL(pi_ref, pi), which
+    vanishes to first order near the reference.
 
     Args:
         scores: (batch,) float, of whole responses.

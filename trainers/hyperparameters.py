@@ -28,8 +28,8 @@ class Hyperparameters:
         kl_coef: weight of the KL penalty against the frozen first policy, a token; 0 loads no reference model.
         kl_in: where the penalty goes - reward (a part of each token's reward) or loss (a term of the loss).
         kl_estimator: of that penalty - k1 (log-ratio), k2 (half its square) or k3 (Schulman 2020,
-            joschu.net/blog/kl-approx.html); null takes k1 in the reward and k3 in the loss. Only k1 in the reward and
-            k2 or k3 in the loss pull towards the reference (arXiv 2506.09477).
+            joschu.net/blog/kl-approx.html); null takes k1 in the reward and k3 in the loss. Others do not pull
+            towards the reference there; in the loss k2 has the gradient of the KL, k3 nearly (arXiv 2506.09477).
         old_logprobs: whose log-probs the ratio starts from - trainer (computed anew before the first update, or for
             nothing where a batch makes a single update) or engine (as sampled: one pass less, and the ratio also
             corrects for what engine and trainer disagree in).
