@@ -16,7 +16,6 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
-from rollout.backend import set_vllm_environment
 from rollout.backend.executor import TorchrunExecutor
 from rollout.backend.groups import GroupAdmission
 from rollout.backend.memory import GIB
@@ -100,7 +99,6 @@ def build_core(model: str, tensor_parallel_size: int, config: RolloutConfig, on_
 
     What fails leaves nothing behind: another one can be built.
     """
-    set_vllm_environment()  # again: whoever calls this may have taken it back after the import
     if not on_cuda:
         os.environ.setdefault(
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS

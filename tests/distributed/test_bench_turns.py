@@ -78,7 +78,8 @@ def test_a_hang_is_told_and_ended(tmp_path: Path) -> None:
 def test_systems_end_with_their_parent(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C, after which the parent ends them; and SIGKILL, after which the end of the pipe tells them."""
     parent = (
-        "import sys, time; from pathlib import Path; from scripts.bench import turns\n"
+        "import signal, sys, time; from pathlib import Path; from scripts.bench import turns\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job of a shell\n"
         "from tests.distributed.test_bench_turns import settings\n"
         f"turns.WORKER_MODULE = {WORKER!r}\n"
         "with turns.running([settings('ours_sync')], Path(sys.argv[1]), 60) as systems:\n"

@@ -4,7 +4,6 @@ rebuild_worker.py MODEL OUT
 """
 
 import json
-import os
 import sys
 import threading
 from dataclasses import replace
@@ -40,7 +39,7 @@ def fails_to_build(model: str, config: RolloutConfig) -> dict[str, object]:
     try:
         RolloutEngine(model, config)
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "threads": execute_threads()}
+        return {"error": f"{type(error).__name__}: {error}", "threads": execute_threads(), "groups": held()["groups"]}
     return {"error": None}
 
 
@@ -49,7 +48,6 @@ def main() -> None:
     results: dict = {
         "small_cache": fails_to_build(model, replace(CONFIG, kv_cache_gib=1e-5)),
         "no_model": fails_to_build(str(out), CONFIG),
-        "set": {name: os.environ.get(name) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")},
         "held": [],
     }
     policy = AutoModelForCausalLM.from_pretrained(model)

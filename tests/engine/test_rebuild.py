@@ -20,8 +20,9 @@ def results(small_vocabulary_model_path: Path, tmp_path_factory: pytest.TempPath
 
 def test_after_a_failed_build_a_right_config_works(results: dict) -> None:
     assert results["small_cache"]["error"].startswith("ValueError"), results["small_cache"]
-    assert results["no_model"]["error"] is not None and "MULTIPROCESSING" not in results["no_model"]["error"]
+    assert results["no_model"]["error"] is not None
     assert results["small_cache"]["threads"] == results["no_model"]["threads"] == []
+    assert results["small_cache"]["groups"] <= 3, "the default one and the engine's own, and none of vLLM's"
     assert results["rows"] == 256
 
 

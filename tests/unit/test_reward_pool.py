@@ -96,11 +96,13 @@ def test_the_time_limit_of_math_verify_works_in_a_worker():
         pool.close()
 
 
+# A shell that puts the tests into the background has Ctrl-C ignored, and children inherit that.
 RANK = """
-import sys, time
+import signal, sys, time
 from tests.unit.test_reward_pool import task
 from trainers.reward_pool import RewardPool
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = RewardPool([sys.argv[1]], workers=2, timeout_s=1000.0)
     print(*(worker.process.pid for worker in pool._workers), flush=True)
     pool.judge([task("sleep 1000"), task("stuck")])
