@@ -1,6 +1,5 @@
 """RolloutEngine: vLLM inside the trainer's own processes. Generate, sync weights, close."""
 
-import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -305,8 +304,6 @@ class RolloutEngine:
         del self._core, self._agreement, self._balance, self._group, self._last_words
         for group in groups:
             dist.destroy_process_group(group)
-        del groups
-        gc.collect()  # vLLM's objects refer to each other
 
     def __enter__(self) -> "RolloutEngine":
         return self
