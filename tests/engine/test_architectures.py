@@ -29,7 +29,7 @@ def test_by_the_plan_as_by_a_reload(dtype: str, mode: str, families: list[str], 
         results = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert list(results) == families
         for family, found in results.items():
-            assert found["planned"], (family, done.stderr[-2000:])
+            assert found["planned"] == (family not in architectures_worker.WITHOUT_A_PLAN), done.stderr[-2000:]
             assert found["num_logits"] > 6 * 8 * 512, family
             assert found["moved"], f"{family}: other weights compute something else"
             assert all(found["equal"].values()), (family, found)
