@@ -37,7 +37,7 @@ def run_evaluation(config: EvaluateConfig) -> Path:
         Environment(config.environment, tokenizer, beat) as environment,
         Scorer(config.reward, tokenizer, beat, environment.dialogue) as scorer,
     ):
-        folder = agreed_run_folder(of_evaluation(config.run), dump(config), world.is_main, "eval")
+        folder = agreed_run_folder(of_evaluation(config.run), dump(config), "eval")
         if world.is_main and config.run.progress:
             print(f"{folder}: {config.model.path} on {len(examples)} prompts of {origin(config)}", file=sys.stderr)
         with (

@@ -58,7 +58,7 @@ def create_run_folder(run: RunConfig, algorithm: str, config_yaml: str) -> Path:
     return folder
 
 
-def agreed_run_folder(run: RunConfig, config_yaml: str, is_main: bool, kind: str) -> Path:
+def agreed_run_folder(run: RunConfig, config_yaml: str, kind: str) -> Path:
     """The run's folder, made by the main rank and known to all; `kind` begins the name of a run without one.
 
     Raises:
