@@ -2,18 +2,21 @@
 
     torchrun --nproc_per_node=2 scripts/compare_schedules.py [--model DIR] [--sequences 512] [--max-tokens 64]
     torchrun --nproc_per_node=2 scripts/compare_schedules.py --sequences 32,512 --ignore-eos --repeats 8
+    torchrun --nproc_per_node=2 scripts/compare_schedules.py --sequences 32,512 --ignore-eos --repeats 8 --same-engine
 
 Builds one engine after the other, generates with the same seed, and prints a line for each batch: what really ran,
 seconds, tokens a second, the share of the main thread's work that ran behind the model, and a digest of all tokens and
 log-probs of the tensor-parallel group. Exit code 1 if a digest differs between ranks, schedules or repeats.
 
 With --repeats the schedules take turns, each time in engines of their own: an engine keeps its luck (where its memory
-lies) for its life, and repeats within one would not average it out. At the end a table: medians, and ratios paired by
-repeat.
+lies) for its life, and repeats within one would not average it out. Where that luck is larger than the difference,
+--same-engine takes it out instead: one engine, built asynchronous, which in every other phase waits for a step before
+it schedules the next. At the end a table: medians, and ratios paired by repeat.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from statistics import median
 
 import torch.distributed as dist
@@ -31,23 +34,56 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64, help="of a response")
     parser.add_argument("--ignore-eos", action="store_true", help="run every response to --max-tokens")
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile and no CUDA graphs")
-    parser.add_argument("--repeats", type=int, default=1, help="engines of each schedule")
+    parser.add_argument("--repeats", type=int, default=1, help="of each schedule, in engines of their own")
+    parser.add_argument("--same-engine", action="store_true", help="one engine for both schedules and all repeats")
     return parser.parse_args()
 
 
-def run(args: argparse.Namespace, asynchronous: bool) -> list[Batch]:
-    """Generate each batch once, and print a line for it."""
-    sizes = [int(size) for size in args.sequences.split(",")]
+def sizes(args: argparse.Namespace) -> list[int]:
+    return [int(size) for size in args.sequences.split(",")]
+
+
+def build(args: argparse.Namespace, asynchronous: bool) -> RolloutEngine:
+    """An engine that has compiled what it runs."""
     config = RolloutConfig(
         max_model_len=args.max_tokens + 64,
-        max_num_seqs=max(sizes),
+        max_num_seqs=max(sizes(args)),
         kv_cache_gib=4.0,
         async_scheduling=asynchronous,
         enforce_eager=args.enforce_eager,
     )
-    with RolloutEngine(args.model, config) as engine:
-        engine.generate(["A first question:"] * 2, SamplingConfig(max_tokens=2))  # compiles
-        return [generate(engine, args, size) for size in sizes]
+    engine = RolloutEngine(args.model, config)
+    engine.generate(["A first question:"] * 2, SamplingConfig(max_tokens=2))
+    return engine
+
+
+def in_engines_of_their_own(args: argparse.Namespace) -> dict[bool, list[list[Batch]]]:
+    """All batches, repeat by repeat, for asynchronous True and False."""
+    found: dict[bool, list[list[Batch]]] = {True: [], False: []}
+    for repeat in range(args.repeats):
+        for asynchronous in orders(repeat):
+            with build(args, asynchronous) as engine:
+                found[asynchronous].append([generate(engine, args, size) for size in sizes(args)])
+    return found
+
+
+def in_the_same_engine(args: argparse.Namespace) -> dict[bool, list[list[Batch]]]:
+    """As above; the two phases of a pair follow each other."""
+    found: dict[bool, list[list[Batch]]] = {True: [], False: []}
+    with build(args, True) as engine:
+        for repeat in range(args.repeats):
+            for asynchronous in (True, False):
+                found[asynchronous].append([])
+            for size in sizes(args):
+                for asynchronous in orders(repeat):
+                    engine._core = replace(engine._core, queue_depth=2 if asynchronous else 1)
+                    found[asynchronous][-1].append(generate(engine, args, size))
+    return found
+
+
+def orders(repeat: int) -> tuple[bool, bool]:
+    """Who goes first changes from repeat to repeat."""
+    return (True, False) if repeat % 2 == 0 else (False, True)
 
 
 def generate(engine: RolloutEngine, args: argparse.Namespace, size: int) -> Batch:
@@ -91,14 +127,11 @@ def table(synchronous: list[list[Batch]], asynchronous: list[list[Batch]]) -> st
 
 def main() -> None:
     args = arguments()
-    found: dict[bool, list[list[Batch]]] = {True: [], False: []}
-    for repeat in range(args.repeats):
-        for asynchronous in (True, False) if repeat % 2 == 0 else (False, True):
-            found[asynchronous].append(run(args, asynchronous))
+    found = in_the_same_engine(args) if args.same_engine else in_engines_of_their_own(args)
     everyones: list = [None] * dist.get_world_size()
     digests = {(size, digest) for of_one in found.values() for batches in of_one for size, digest, _ in batches}
     dist.all_gather_object(everyones, digests)
-    same = len(set.union(*everyones)) == len(args.sequences.split(","))
+    same = len(set.union(*everyones)) == len(sizes(args))
     if dist.get_rank() == 0:
         if args.repeats > 1:
             print(table(found[False], found[True]))

@@ -11,18 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers import AutoModelForCausalLM
 
+import rollout.backend.planned_sync as planned_sync
 import rollout.backend.shard_exchange as shard_exchange
 import rollout.backend.weight_sync as weight_sync
 from rollout import RolloutConfig, RolloutEngine, StaleWeights
+from rollout.backend.planned_sync import PlannedSync
 from rollout.backend.shard_exchange import local_part
 from rollout.backend.sync_plan import NoPlan
-from rollout.backend.weight_sync import CHECKED_LAYERS, PlannedSync, WeightSync, fingerprint
+from rollout.backend.weight_sync import CHECKED_LAYERS, WeightSync, fingerprint
 from rollout.backend.worker import reload_policy_weights
 from rollout.weights import named_weights
 
@@ -261,6 +264,43 @@ def wrong_plans(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any
     return found
 
 
+def flipped_bits(engine: RolloutEngine, policy: torch.nn.Module) -> list[dict[str, Any]]:
+    """The last bit of one element of each parameter of the engine, anywhere in it: is the policy's parameter named?
+
+    What oneDNN has packed cannot be reached; there the bit is another one just before the layer is packed.
+    """
+    plan, real_pack = engine._core.executor._sync()._plan, planned_sync.pack
+    weights = dict(named_weights(policy))
+    rng = np.random.default_rng(engine.world.rank)
+    found = []
+    for layer, parameters in zip(plan.layers, plan._filled, strict=True):
+        for each in parameters:
+            copy = each.copies[rng.integers(len(each.copies))]
+            place = tuple(int(rng.integers(side.start, side.stop)) for side in copy.target_box)
+
+            def flip_and_pack(module, layer=layer, each=each, place=place):
+                if module is layer.module:
+                    flip(module._parameters[each.target].data, place)
+                real_pack(module)
+
+            if each.packed:
+                planned_sync.pack = flip_and_pack
+                plan.load(weights)
+                planned_sync.pack = real_pack
+            else:
+                flip(getattr(layer.module, each.target).data, place)
+            said = told(lambda: engine._core.executor.check_policy_weights(weights))
+            found.append({"packed": each.packed, "named": copy.source in said, "place": [copy.source, *place, said]})
+            plan.load(weights)
+    plan.check(weights, 0, None)
+    return found
+
+
+@torch.inference_mode()
+def flip(held: torch.Tensor, place: tuple[int, ...]) -> None:
+    held.view(torch.int16 if held.itemsize == 2 else torch.int32)[place] ^= 1
+
+
 def a_sync_that_forgets(engine: RolloutEngine, policy: torch.nn.Module) -> dict[str, Any]:
     """From now on one layer gets nothing: which sync says so, and what the engine does then."""
     plan = engine._core.executor._sync()._plan
@@ -297,15 +337,17 @@ def main() -> None:
         except RuntimeError as error:
             results["too_early"] = str(error)
         beats: list[None] = []
-        beat, weight_sync.beat = weight_sync.beat, lambda: beats.append(None)
+        beat = weight_sync.beat
+        weight_sync.beat = planned_sync.beat = lambda: beats.append(None)
         results["first"] = engine.sync_weights(policy, 0).planned
-        weight_sync.beat = beat
+        weight_sync.beat = planned_sync.beat = beat
         results["beats"] = len(beats)
         results["equal"] = by_plan_and_by_reload(engine, policy)
         engine.sync_weights(policy, 3)
         engine.check_weights(policy)
         results["sharded"] = of_a_sharded_policy(engine, model, policy)
         results["left_out"] = what_a_sync_left_out(engine, policy)
+        results["flipped"] = flipped_bits(engine, policy)
         results["layouts"] = of_layouts(engine, model, policy)
         results["lost"] = lost_pieces(engine, model)
         results["wrong"] = wrong_plans(engine, policy)

@@ -79,6 +79,14 @@ def test_a_layer_that_was_left_out_is_named(ranks: list[dict]) -> None:
         assert max(left_out["syncs"]) <= left_out["turns"] + 1
 
 
+def test_one_bit_of_one_element_is_named(ranks: list[dict]) -> None:
+    for rank in ranks:
+        flipped = rank["flipped"]
+        assert {each["packed"] for each in flipped} == {True, False}, "both that which oneDNN packs and the rest"
+        assert len(flipped) >= 14
+        assert [each["place"] for each in flipped if not each["named"]] == []
+
+
 def test_a_sync_finds_its_own_stale_layer_and_the_engine_stops(ranks: list[dict]) -> None:
     for rank in ranks:
         assert rank["forgets"]["named"]

@@ -25,7 +25,7 @@ from vllm.v1.request import RequestStatus
 
 import trainers.loop
 from rollout import RolloutConfig, RolloutEngine
-from rollout.backend.weight_sync import PlannedSync
+from rollout.backend.planned_sync import PlannedSync
 from trainers.cli import run_cli
 from trainers.config import PPOConfig
 from trainers.ppo import train_ppo
