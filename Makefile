@@ -34,7 +34,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup model ppo bench faults soak test docs-check lint types reference lock clean
+.PHONY: help setup model ppo bench faults slow soak test docs-check lint types reference lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,8 +49,11 @@ ppo: $(READY) $(MODEL) ## train the default model with PPO
 bench: $(READY) $(MODEL) ## rollout throughput, stock vLLM and ours in turns (ARGS="--simulate-step-ms 12" without a GPU)
 	$(BIN)/python scripts/bench_rollout.py $(ARGS)
 
-faults: $(READY) $(MODEL) ## break ranks on purpose, and see every one of them end; and the other slow tests
-	$(BIN)/python -m pytest tests -m "faults or slow" $(ARGS)
+faults: $(READY) $(MODEL) ## break ranks on purpose, see every one of them end, print the table
+	$(BIN)/python -m pytest tests/faults -m "faults or slow" $(ARGS)
+
+slow: $(READY) $(MODEL) ## the tests that `make test` leaves out; an hour and more
+	$(BIN)/python -m pytest tests -m slow $(ARGS)
 
 soak: $(READY) ## two thousand phases of generation and weight sync: no error, and nothing that grows
 	$(BIN)/torchrun --nproc_per_node=2 scripts/soak.py $(ARGS)

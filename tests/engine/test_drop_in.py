@@ -34,6 +34,7 @@ def test_in_a_plain_process_and_under_torchrun(small_vocabulary_model_path: Path
     assert [tokens[0] for tokens in single["tokens"]] == [tokens[0] for tokens in ranks[0]["tokens"]]
 
 
+@pytest.mark.slow
 def test_replicas_draw_from_streams_of_their_own(small_vocabulary_model_path: Path) -> None:
     first, second = results(small_vocabulary_model_path, nproc=2, further='{"tensor_parallel_size": 1}')
     assert first["distinct"] == second["distinct"] == 8
@@ -48,13 +49,14 @@ def test_two_jobs_side_by_side(small_vocabulary_model_path: Path) -> None:
     assert not list(Path("/dev/shm").glob("*rollout-*"))
 
 
+@pytest.mark.slow
 def test_multiprocessing_is_refused(small_vocabulary_model_path: Path) -> None:
     done = launch([WORKER, small_vocabulary_model_path], nproc=None, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     assert done.returncode != 0
     assert "set it to 0" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("given", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("given", [pytest.param("RANK", marks=pytest.mark.slow), "WORLD_SIZE"])
 def test_half_of_torchruns_variables_is_refused(small_vocabulary_model_path: Path, given: str) -> None:
     done = launch([WORKER, small_vocabulary_model_path], nproc=None, env={given: "1"})
     assert done.returncode != 0
@@ -68,7 +70,11 @@ TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     ("further", "words"),
     [
         ({"kv_transfer_config": TRANSFER}, "kv_transfer_config cannot be used in the ranks of a torchrun job"),
-        ({"scheduling_policy": "priority"}, "scheduling_policy='priority' cannot be used in the ranks"),
+        pytest.param(
+            {"scheduling_policy": "priority"},
+            "scheduling_policy='priority' cannot be used in the ranks",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_each_rank_would_decide_alone_is_refused(

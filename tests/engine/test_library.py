@@ -31,6 +31,7 @@ def command_of(name: str) -> list[str]:
     return shlex.split(line)
 
 
+@pytest.mark.slow
 def test_a_trainer_of_ones_own(tiny_model_path: Path, tmp_path: Path) -> None:
     done = launch([written("reinforce.py", tmp_path, tiny_model_path)], nproc=2, timeout_s=120)
     assert done.returncode == 0, done.stderr[-4000:]

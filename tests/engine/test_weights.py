@@ -14,7 +14,10 @@ WORKER = Path(__file__).with_name("weights_worker.py")
 LIMITS = {"float32": 1e-4, "bfloat16": 0.06}
 
 
-@pytest.fixture(scope="module", params=["float32 tied", "bfloat16 tied", "float32 untied"])
+@pytest.fixture(
+    scope="module",
+    params=["float32 tied", pytest.param("bfloat16 tied", marks=pytest.mark.slow), "float32 untied"],
+)
 def synced(
     request: pytest.FixtureRequest,
     tiny_model_path: Path,

@@ -51,6 +51,7 @@ def test_stock_and_ours_on_the_model_itself(tiny_model_path: Path, tmp_path: Pat
     assert len(launches) == 2 * ours["decode_steps"] == 2 * 4
 
 
+@pytest.mark.slow
 def test_asynchronous_stock_and_ours_on_the_simulated_accelerator(tiny_model_path: Path, tmp_path: Path) -> None:
     more = ["--systems=stock_async,ours_async", "--simulate-step-ms=20"]
     found, events = bench(tiny_model_path, tmp_path, *more)

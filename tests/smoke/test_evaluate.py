@@ -47,6 +47,7 @@ def evaluated(training: list[str]) -> Path:
     return Path(training[-1].partition("=")[2]) / "on"
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_evaluation_and_without(training: list[str], evaluated: Path) -> None:
     run("grpo", *training, "run.name=off", "wandb.mode=disabled")
     with_it, without = rows(evaluated), rows(evaluated.parent / "off")

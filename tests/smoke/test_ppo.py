@@ -110,6 +110,7 @@ def test_a_run_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     assert row["train/logprob_gap_mean"] < 1e-4
 
 
+@pytest.mark.slow
 def test_grpo_in_shards_under_torchrun(tiny_model_path: Path, tmp_path: Path) -> None:
     task = [f"model.path={tiny_model_path}", f"run.directory={tmp_path}", "run.name=grpo", "run.progress=false"]
     size = ["rollout.max_model_len=64", "rollout.max_num_seqs=8", "rollout.kv_cache_gib=0.25", "sampling.max_tokens=8"]

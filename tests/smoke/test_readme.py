@@ -10,7 +10,7 @@ from tests.launch import ROOT, launch
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("nproc", "responses"), [(2, 8), (None, 4)])
+@pytest.mark.parametrize(("nproc", "responses"), [(2, 8), pytest.param(None, 4, marks=pytest.mark.slow)])
 def test_the_library_example(model_path: Path, tmp_path: Path, nproc: int | None, responses: int) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "hello.py"

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.launch import launch
 
 WORKER = Path(__file__).with_name("turns_run_worker.py")
@@ -21,6 +23,7 @@ def turns(response, answer, sample):
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_several_turns(tiny_model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(TEACHER)
     size = [
