@@ -27,7 +27,7 @@ from rollout.types import Asked
 # On the CPU vLLM would take a share of all memory; the trainer needs it. 1 GiB holds 45,000 tokens of a 135M model.
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 # oneDNN keeps compiled products, one for each number of tokens in a step, of 0.3 MiB each. Its own limit of 1024 lets a
-# rank grow for over a thousand phases, 256 by 2% (docs/results.md, the soak).
+# rank grow for over a thousand phases, 256 by 2% (docs/results.md).
 ONEDNN_PRODUCTS = "64"
 
 
