@@ -55,7 +55,7 @@ SAYS: dict[str, str | None] = {
     "skipped step": r"RanksDisagree: .*: step 5 of the phase, request \d: a token at position \d+ on rank 0, ",
     "dropped request": r"RanksDisagree: .*: step 4 of the phase, request 3: (no token|token \d+ with .*) on rank 0, ",
     "another seed": r"RanksDisagree: .*: step 0 of the phase, request \d: token \d+ with .* on rank 0, token \d+",
-    "another config": r"ValueError: rank 1 of the tensor-parallel group builds .* pass the same on every rank",
+    "another config": r"ValueError: rank 1 builds its engine from .* pass the same on every rank",
     "full disk": r"SafetensorError: .*File too large",
 }
 STALLS = (
