@@ -34,8 +34,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64, help="of a response")
     parser.add_argument("--ignore-eos", action="store_true", help="run every response to --max-tokens")
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile and no CUDA graphs")
-    parser.add_argument("--repeats", type=int, default=1, help="of each schedule, in engines of their own")
-    parser.add_argument("--same-engine", action="store_true", help="one engine for both schedules and all repeats")
+    parser.add_argument("--repeats", type=int, default=1, help="of each schedule")
+    parser.add_argument("--same-engine", action="store_true", help="one for both schedules and all repeats")
     return parser.parse_args()
 
 
@@ -44,7 +44,7 @@ def sizes(args: argparse.Namespace) -> list[int]:
 
 
 def build(args: argparse.Namespace, asynchronous: bool) -> RolloutEngine:
-    """An engine that has compiled what it runs."""
+    """An engine for the largest batch; nothing is compiled yet."""
     config = RolloutConfig(
         max_model_len=args.max_tokens + 64,
         max_num_seqs=max(sizes(args)),
@@ -52,9 +52,11 @@ def build(args: argparse.Namespace, asynchronous: bool) -> RolloutEngine:
         async_scheduling=asynchronous,
         enforce_eager=args.enforce_eager,
     )
-    engine = RolloutEngine(args.model, config)
+    return RolloutEngine(args.model, config)
+
+
+def compile_steps(engine: RolloutEngine) -> None:
     engine.generate(["A first question:"] * 2, SamplingConfig(max_tokens=2))
-    return engine
 
 
 def in_engines_of_their_own(args: argparse.Namespace) -> dict[bool, list[list[Batch]]]:
@@ -63,6 +65,7 @@ def in_engines_of_their_own(args: argparse.Namespace) -> dict[bool, list[list[Ba
     for repeat in range(args.repeats):
         for asynchronous in orders(repeat):
             with build(args, asynchronous) as engine:
+                compile_steps(engine)
                 found[asynchronous].append([generate(engine, args, size) for size in sizes(args)])
     return found
 
@@ -71,11 +74,13 @@ def in_the_same_engine(args: argparse.Namespace) -> dict[bool, list[list[Batch]]
     """As above; the two phases of a pair follow each other."""
     found: dict[bool, list[list[Batch]]] = {True: [], False: []}
     with build(args, True) as engine:
+        compile_steps(engine)
         for repeat in range(args.repeats):
             for asynchronous in (True, False):
                 found[asynchronous].append([])
             for size in sizes(args):
                 for asynchronous in orders(repeat):
+                    # No setting: an engine's users have no reason to change it between two phases.
                     engine._core = replace(engine._core, queue_depth=2 if asynchronous else 1)
                     found[asynchronous][-1].append(generate(engine, args, size))
     return found

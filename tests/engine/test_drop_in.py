@@ -34,7 +34,6 @@ def test_in_a_plain_process_and_under_torchrun(small_vocabulary_model_path: Path
     assert [tokens[0] for tokens in single["tokens"]] == [tokens[0] for tokens in ranks[0]["tokens"]]
 
 
-@pytest.mark.slow
 def test_replicas_draw_from_streams_of_their_own(small_vocabulary_model_path: Path) -> None:
     first, second = results(small_vocabulary_model_path, nproc=2, further='{"tensor_parallel_size": 1}')
     assert first["distinct"] == second["distinct"] == 8

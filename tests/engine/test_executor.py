@@ -16,6 +16,12 @@ from rollout.backend.execute_thread import ExecuteThread
 from rollout.backend.executor import COPY_EVENTS, COPY_POLL_S, StepFuture, TorchrunExecutor, seeds_of_replica
 
 
+def test_vllms_process_of_its_own_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(ValueError, match="VLLM_ENABLE_V1_MULTIPROCESSING is 1.*set it to 0"):
+        TorchrunExecutor._init_executor(TorchrunExecutor.__new__(TorchrunExecutor))
+
+
 class Event:
     """Of a copy that takes `seconds`, like torch.cuda.Event."""
 

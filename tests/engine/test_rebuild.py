@@ -9,8 +9,6 @@ from tests.launch import launch
 
 WORKER = Path(__file__).with_name("rebuild_worker.py")
 
-pytestmark = pytest.mark.slow  # four engines, one after the other
-
 
 @pytest.fixture(scope="module")
 def results(small_vocabulary_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
